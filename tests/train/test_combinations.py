@@ -6,8 +6,7 @@ state plus (0.5, -0.5, 1). The checkpoint's statistics are, unless a row changes
 (0, 0, 0), the first action to (1.5, 0.25, 1.25). Over 8 steps the states deviate by (1.1456, 0.4583, 0.05).
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,46 +15,25 @@ import h5py
 import numpy as np
 import pytest
 
-import vlafit
 from tests.policies.tiny import random_policy
 from tests.train.agreement_world import CONFIG, recipe_of, start
-from vlafit.codec import Codec, CodecConfig, Statistics, train_word_tokenizer
+from tests.train.combinations_world import (
+    ACTIONS,
+    EPISODES,
+    NAMES,
+    STATES,
+    STEP,
+    T,
+    write_card,
+    write_checkpoint,
+)
 from vlafit.datasets import open_dataset
 from vlafit.errors import VlafitError
 from vlafit.nn.policy import Policy
-from vlafit.types import Embodiment, Feature, Observation, Sample
+from vlafit.types import Observation, Sample
 
-pytestmark = pytest.mark.slow
-T, EPISODES = 8, 5
-STEP = np.arange(T)
-STATES = np.stack([1 + 0.5 * STEP, 2 - 0.2 * STEP, 3 + 0.1 * (STEP % 2)], axis=1)
-ACTIONS = STATES + np.array([0.5, -0.5, 1])
-NAMES = ("pan", "lift", "grip")
 ORDER = [2, 0, 1]  # grip, pan, lift
 DEGREES = 57.29578
-CARD = """
-name = "{name}"
-layout = "libero"
-path = "data"
-[instruction]
-source = "attrs"
-[robot]
-name = "arm"
-hz = {hz}
-control = "joint_position"
-relative = {relative}
-[robot.state]
-keys = ["{key}"]
-dimensions = {dimensions}
-labels = {labels}
-{state}
-[robot.action]
-keys = ["actions"]
-dimensions = 3
-labels = {action_labels}
-{action}
-"""
-KEYS = {"top": "top", "hand": "hand"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +54,11 @@ class Row:
     error: tuple[str, ...] = ()
     at: int = 0
     """The step whose numbers are compared."""
+    policy: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, Any] | None = None
+    """A second card, of the dataset that gives the statistics."""
+    prompt: str = ""
+    """The text of the prompt's tokens."""
 
 
 # By hand: the action of pan has mean 3.25, beyond 3 of std 1; that of grip deviates by 0.05, 1/80 of 4.
@@ -88,6 +71,17 @@ S0, A0 = (0, 0, 0), (1.5, 0.25, 1.25)
 LIFT = (34 / 26) / np.sqrt(76 / 26 - (34 / 26) ** 2)
 PAN, SHUT = -(108 / 26) / np.sqrt(554 / 26 - (108 / 26) ** 2), -14 / np.sqrt(14 * 12)
 SCALE = f"scale = [{DEGREES}, {DEGREES}, {DEGREES}]"
+
+
+PERCENT = "scale = [100.0, 100.0, 100.0]"
+FIRST = ACTIONS[0] - [*STATES[0, :2], 0]
+# Relative actions are differences to the chunk's first state, of all chunks of 4 steps.
+OF_CHUNKS = np.concatenate([ACTIONS[k : k + 4] - [*STATES[k, :2], 0] for k in range(T)])
+
+
+def of_quantiles(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    low, high = np.quantile(np.tile(rows, (EPISODES, 1)), [0.01, 0.99], axis=0)
+    return (values - low) / (high - low + 1e-6) * 2 - 1  # openpi's
 
 
 def everywhere(state: str) -> dict[str, str]:
@@ -204,6 +198,57 @@ ROWS: dict[str, Row] = {
         {"normalisation": "lerobot_min_max", "low": ((0, 0, 2), (0,) * 3), "high": ((5, 4, 4), (10, 10, 8))},
         state=(-0.6, 0, 0), action=(-0.7, -0.7, 0), lines=GRIP,
     ),
+    # the other dataset is twice as far in pan and lift
+    "statistics of another dataset": Row(
+        other={"scaled": [2, 2, 1]}, data={"statistics": "data", "statistics_from": "OTHER"},
+        state=(*(STATES[0, :2] - 2 * STATES[:, :2].mean(0)) / (2 * STATES[:, :2].std(0)), -1),
+        action=(*(ACTIONS[0, :2] - 2 * ACTIONS[:, :2].mean(0)) / (2 * ACTIONS[:, :2].std(0)), -1),
+        lines=(("statistics", "chosen"),),
+    ),
+    "statistics of another dataset that is relative": Row(
+        other={"scaled": [2, 2, 1], "relative": [True, True, False]},
+        data={"statistics": "data", "statistics_from": "OTHER"},
+        error=("robot.relative", "relative in dimensions 0, 1", "absolute"),
+    ),
+    "statistics of another dataset in other units": Row(
+        other=everywhere('unit = "mm"'), data={"statistics": "data", "statistics_from": "OTHER"},
+        error=("robot.state.unit", "'mm'", "''"),
+    ),
+    "quantiles, fitted": Row(
+        data={"statistics": "data", "normalisation": "quantile"},
+        state=tuple(of_quantiles(STATES[0], STATES)), action=tuple(of_quantiles(ACTIONS[0], ACTIONS)),
+        lines=(("statistics", "chosen"), ("state normalisation", "chosen")),
+    ),
+    "a scale and relative actions, fitted": Row(
+        {"relative": [True, True, False], "state": PERCENT, "action": PERCENT}, None, {}, {},
+        action=tuple((100 * FIRST - 100 * OF_CHUNKS.mean(0)) / (100 * OF_CHUNKS.std(0))),
+    ),
+    "one prompt for another": Row({}, {"prompt": "line"}, state=S0, lines=USUAL, prompt="push the cube\n"),
+    "a prompt without a line feed": Row(
+        {}, {"prompt": "text"}, state=S0, lines=USUAL, prompt="push the cube",
+    ),
+    "a prompt that holds the state, which pi0 does not read": Row(
+        {}, {"prompt": "pi05"}, error=("prompt is 'pi05'", "the policy's is 'pi0'"),
+    ),
+    "a sentence that is too long": Row(
+        {"sentence": "push the cube with care to the left of the bowl"}, error=("tokens", "takes 16"),
+    ),
+    "a tokenizer for the checkpoint's": Row(
+        policy={"tokenizer": "metaworld"}, error=("policy.tokenizer", "no effect", "their own tokenizer"),
+    ),
+    "the checkpoint's conversion": Row(
+        {"action": "scale = [1.0, -1.0, 1.0]"}, {"learned": ("action conversion", "as in the files")},
+        error=("action conversion", "times -1 in dimension 1", "as in the files", "--adapt.conversion true"),
+    ),
+    # lift is -(1.5 - 0.2 k): (-1.5 - 1) / 2
+    "another conversion, accepted": Row(
+        {"action": "scale = [1.0, -1.0, 1.0]"}, {"learned": ("action conversion", "as in the files")},
+        {"conversion": True}, action=(1.5, -1.25, 1.25), lines=(*USUAL, ("action conversion", "chosen")),
+    ),
+    "the checkpoint's frames": Row(
+        {}, {"learned": ("frames", "top turned by 180")},
+        error=("frames", "as stored", "--adapt.frames true"),
+    ),
     "a normalisation without effect": Row(data={"normalisation": "quantile"}, error=("no effect",)),
     # step 6: (4.5 - 0) / 1, (0.3 - 1) / 2, (4 + 1) / 4; state (4 - 1) / 2, 0.8 - 2, 0
     "the end of an episode": Row(
@@ -231,85 +276,6 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 
 
-def write_card(
-    folder: Path,
-    *,
-    states: np.ndarray = STATES,
-    scaled: Any = 1.0,
-    order: list[int] | None = None,
-    cameras: dict[str, str] = KEYS,
-    height: int = 16,
-    edit: Callable[[h5py.File], None] | None = None,
-    labels: tuple[str, ...] = NAMES,
-    **texts: Any,
-) -> Path:
-    """Write the dataset and its card; frames of the key `top` are 10, of any other 20, plus the episode."""
-    (folder / "data").mkdir()
-    some = order or [0, 1, 2]
-    with h5py.File(folder / "data" / "a_demo.hdf5", "w") as file:
-        group = file.create_group("data")
-        group.attrs["problem_info"] = json.dumps({"language_instruction": "push the cube"})
-        for number in range(EPISODES):
-            demo = group.create_group(f"demo_{number}")
-            demo["obs/s"] = (states * scaled)[:, some].astype(np.float32)
-            demo["actions"] = (ACTIONS * scaled)[:, some].astype(np.float32)
-            for key in cameras.values():
-                demo[f"obs/{key}"] = np.full((T, 16, 16, 3), (10 if key == "top" else 20) + number, np.uint8)
-        if edit:
-            edit(file)
-    values: dict[str, Any] = {"name": "arm", "hz": 10, "relative": [], "key": "obs/s", "dimensions": 3}
-    values |= {"labels": labels, "action_labels": labels, "state": "", "action": ""} | texts
-    for name in ("relative", "labels", "action_labels"):
-        values[name] = json.dumps(list(values[name]))
-    text = CARD.format(**values)
-    for name, key in cameras.items():
-        text += f'[[robot.cameras]]\nname = "{name}"\nkey = "obs/{key}"\nheight = {height}\nwidth = 16\n'
-    (folder / "card.toml").write_text(text)
-    return folder / "card.toml"
-
-
-def write_checkpoint(
-    folder: Path,
-    policy: Policy,
-    *,
-    cameras: tuple[str, ...] = ("top", "hand"),
-    relative: tuple[bool, ...] = (),
-    labels: tuple[str, ...] = NAMES,
-    unit: str = "",
-    normalisation: Any = "mean_std",
-    mean: tuple[float, ...] = (1, 2, 3),
-    low: Any = None,
-    high: Any = None,
-) -> Path:
-    state = Feature("state", (3,), unit, labels)
-    views = tuple(Feature(name, (16, 16, 3)) for name in cameras if name)
-    robot = Embodiment("arm", views, state, replace(state, name="action"), 10.0, "joint_position")
-    config = CodecConfig(
-        cameras=cameras,
-        image_size=CONFIG.vision.image_size,
-        state_dim=CONFIG.state_dim,
-        action_dim=CONFIG.action_dim,
-        chunk=CONFIG.chunk,
-        normalisation=normalisation,
-        relative=relative,
-        max_tokens=CONFIG.max_tokens,
-    )
-    numbers = (("state", mean, (2, 1, 0.5)), ("action", (0, 1, -1), (1, 2, 4)))
-    statistics = {
-        name: Statistics(
-            9,
-            np.asarray(middle, float),
-            np.asarray(std, float),
-            min=None if low is None else np.asarray(low[number], float),
-            max=None if high is None else np.asarray(high[number], float),
-        )
-        for number, (name, middle, std) in enumerate(numbers)
-    }
-    words = train_word_tokenizer(["push the cube", "\n"], 300)
-    vlafit.save_checkpoint(policy, folder, Codec(config, robot, statistics, words))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     return random_policy(CONFIG)
@@ -317,7 +283,9 @@ def policy() -> Policy:
 
 def problems(row: Row, card: Path, base: Path | None) -> Iterator[str]:
     """Yield what is not as the row says."""
-    recipe = recipe_of(card, base, row.adapt, **row.data)
+    other = {"statistics_from": str(card.parent / "other" / "card.toml")} if row.other is not None else {}
+    recipe = recipe_of(card, base, row.adapt, **row.data | other)
+    recipe = replace(recipe, policy=replace(recipe.policy, **row.policy))
     initial = start(replace(recipe, data=replace(recipe.data, validation=0.0)))
     store, chunk = open_dataset(card), initial.codec.config.chunk
     sample = store.sample(0, row.at, chunk)
@@ -330,6 +298,11 @@ def problems(row: Row, card: Path, base: Path | None) -> Iterator[str]:
     ):
         if not np.allclose(values[: len(wanted)], wanted, atol=3e-4):
             yield f"{name} is {values[: len(wanted)]}, not {wanted}"
+    if row.prompt:
+        assert encoded.tokens is not None and encoded.token_mask is not None
+        said = initial.codec.required_tokenizer.decode(encoded.tokens[encoded.token_mask].tolist())
+        if said != row.prompt:
+            yield f"the prompt is {said!r}"
     if row.mask and tuple(encoded.image_mask.tolist()) != row.mask:
         yield f"image mask is {encoded.image_mask}"
     items = {(item.name, item.status) for item in initial.agreement.items}
@@ -344,6 +317,9 @@ def problems(row: Row, card: Path, base: Path | None) -> Iterator[str]:
 def test_what_comes_out_is_what_was_worked_out_by_hand(name: str, policy: Policy, tmp_path: Path):
     row = ROWS[name]
     card = write_card(tmp_path, **row.card)
+    if row.other is not None:
+        (tmp_path / "other").mkdir()
+        write_card(tmp_path / "other", **row.other)
     base = None
     if row.checkpoint is not None:
         base = write_checkpoint(tmp_path / "base", policy, **row.checkpoint)

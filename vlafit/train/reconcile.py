@@ -315,8 +315,8 @@ def codec_items(
             "statistics", {"dataset": text}, f"of {other.card.name!r}", "chosen", "data.statistics_from"
         )
     elif recipe.fits_statistics:
-        reason = 'data.statistics = "data"' if recipe.policy.checkpoint else "no checkpoint"
-        yield Item("statistics", {"dataset": text}, "of the dataset", "chosen" if before else "same", reason)
+        status, reason = ("chosen", 'data.statistics = "data"') if declared else ("same", "no checkpoint")
+        yield Item("statistics", {"dataset": text}, "of the dataset", status, reason)
     else:
         assert before is not None
         own = f"of {before.embodiment.name!r}, {before.statistics['state'].count or '?'} values"
