@@ -119,6 +119,53 @@ def test_a_card_that_reads_other_values_than_an_export_learned_is_refused(
     assert chosen["action conversion"].status == chosen["frames"].status == "chosen"
 
 
+@pytest.mark.parametrize("statistics", ["checkpoint", "data"])
+def test_frames_of_a_camera_of_another_name_are_compared_with_those_of_its_slot(
+    statistics: str, card: Path, trained: Mapping[str, Path], exported: Mapping[str, Path]
+):
+    """openpi names its slots itself; with fresh statistics no codec says which camera filled which."""
+    renamed = with_sign(card, name=('name = "front"', 'name = "cam"'))
+    slots = {"base_0_rgb": "cam", "left_wrist_0_rgb": "", "right_wrist_0_rgb": ""}
+
+    def frames(card: Path) -> Item:
+        made = recipe_of(card, exported["openpi"], {"cameras": slots}, statistics=statistics)
+        policy = replace(made.policy, config=GIVEN, tokenizer=str(trained["pi0"] / "tokenizer"))
+        agreement = start(replace(made, policy=policy)).agreement
+        assert agreement is not None
+        (item,) = [item for item in agreement.items if item.name == "frames"]
+        return item
+
+    assert frames(renamed).status == "same"
+    upright = renamed.with_name("upright.toml")
+    upright.write_text(renamed.read_text().replace("rotate = 180\n", ""))
+    assert upright.read_text() != renamed.read_text()
+    with pytest.raises(EmbodimentError, match="frames: dataset: as stored; checkpoint: front turned by 180"):
+        frames(upright)
+
+
+@pytest.mark.parametrize("whose", ["ours", "openpi"])
+def test_inspect_compares_what_only_the_card_says_also_without_files_or_a_codec(
+    whose: str,
+    card: Path,
+    trained: Mapping[str, Path],
+    exported: Mapping[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    folder = trained["pi0"] if whose == "ours" else exported["openpi"]
+    other = with_sign(card)
+    if whose == "ours":  # the card without its dataset
+        other = Path(shutil.copy(other, tmp_path))
+    upright = other.with_name("upright.toml")
+    upright.write_text(other.read_text().replace("rotate = 180\n", "").replace("-1.0, 1.0", "1.0, 1.0"))
+    words = [f"--config={key}={value}" for key, value in GIVEN.items()] * (whose == "openpi")
+    assert cli.main(["inspect", str(folder), *words, "--data", str(upright)]) == 1
+    said = "".join(capsys.readouterr())
+    assert SIGN in said and "adapt] conversion = true" in said
+    if whose == "ours":  # openpi's slots have to be mapped before frames can be compared
+        assert "front turned by 180" in said and "adapt] frames = true" in said
+
+
 @pytest.mark.parametrize(
     "item, old, new",
     [

@@ -189,6 +189,15 @@ def test_training_refuses_it(place: str, item: str, card: Path, late: Path, lear
     require_said(item, str(error.value), IN_RECIPE)
 
 
+def test_all_that_differs_is_one_error(late: Path, learned: Path):
+    some = ("rate", "a sign", "turned frames", "a factor of states")
+    other = edited(late, "all", *(pair for item in some for pair in ITEMS[item][0]))
+    with pytest.raises(VlafitError) as error:
+        start(recipe_of(other, learned, {}))
+    for item in some:
+        assert [fact for fact in ITEMS[item][1] if fact not in str(error.value)] == []
+
+
 @pytest.mark.parametrize("item", ITEMS)
 def test_inspect_refuses_it(item: str, late: Path, learned: Path, refused: Command):
     said = refused("inspect", learned, "--data", other_card(item, late))

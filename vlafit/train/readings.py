@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from vlafit import checkpoints
-from vlafit.agreement import Consent, Item, Learned
+from vlafit.agreement import Agreement, Consent, Item, Learned
 from vlafit.codec import Codec
 from vlafit.datasets import Card, column_order, conversions, framing
 from vlafit.recipe import AdaptRecipe, Recipe
@@ -23,15 +23,14 @@ def frames(
     recipe: Recipe,
     cards: Sequence[Card],
     learned: Learned | None,
-    before: Codec | None,
+    slots: Sequence[str],
     sources: Mapping[str, str],
     value: str,
 ) -> Item:
     """Return the item of the frames: a conflict where the checkpoint's were turned or flipped otherwise.
 
-    `before` is the checkpoint's codec, `sources` its cameras and those of the cards that take their place.
+    `slots` are the policy's in order, `sources` maps them to the cards' cameras that fill them.
     """
-    slots = before.config.cameras if before is not None else ()
     return framing.item(cards, learned, sources, slots, value, of_frames(recipe.adapt))
 
 
@@ -47,6 +46,23 @@ def items(
     yield from column_order.items(cards, learned, robot, may_differ=is_other_robot)
     consent = of_conversions(recipe.adapt)
     yield from conversions.items(cards, learned, consent, is_other_robot=is_other_robot)
+
+
+def of_card(
+    recipe: Recipe,
+    card: Card,
+    codec: Codec | None,
+    declared: checkpoints.Declaration,
+    agreement: Agreement,
+) -> Agreement:
+    """Return the agreement with what the card alone tells, where its files or a codec are not there."""
+    learned = learned_by(declared, codec)
+    slots = codec.config.cameras if codec is not None else declared.slots or agreement.cameras
+    sources = dict(zip(slots, agreement.cameras, strict=False))
+    made = [frames(recipe, (card,), learned, slots, sources, framing.frames(card))]
+    made += items(recipe, (card,), learned, codec)
+    known = {item.name for item in agreement.items}
+    return agreement.with_items([item for item in made if item.name not in known])
 
 
 def of_frames(adapt: AdaptRecipe) -> Consent:

@@ -83,12 +83,12 @@ def agree_on(
     if agreement.conflicts and checkpoint is not None and dataset.embodiment is not None:
         recorded = [camera.name for camera in dataset.embodiment.cameras]
         pairs = propose(checkpoint.slots, recorded, recipe.adapt.cameras)
-        sources, learned = (
-            {slot: name or "" for slot, name in pairs.items()},
-            readings.learned_by(declared, codec),
-        )
-        frames = readings.frames(recipe, (card,), learned, codec, sources, "")
-        agreement = agreement.with_items([frames] * (frames.status == "conflict"))  # both in one error
+        sources, learned = {s: name or "" for s, name in pairs.items()}, readings.learned_by(declared, codec)
+        made = [readings.frames(recipe, (card,), learned, checkpoint.slots, sources, "")]
+        made += readings.items(recipe, (card,), learned, codec)
+        agreement = agreement.with_items(
+            [one for one in made if one.status == "conflict"]
+        )  # all in one error
     return agreement.with_items(
         [
             Item(
@@ -344,7 +344,7 @@ def codec_items(
     padded = ", padded to squares (letter box)" if codec.config.letter_box else ""
     framed = f"{size}x{size}, framed as {codec.config.framing}{padded}"
     learned = readings.learned_by(declared, before)
-    yield readings.frames(recipe, data.cards, learned, before, pairs, framed)
+    yield readings.frames(recipe, data.cards, learned, slots, pairs, framed)
     yield from readings.items(recipe, data.cards, learned, before)
     if codec.config.prompt is not None:
         prompt = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"

@@ -256,13 +256,13 @@ def _agree(loaded: "Loaded", recipe: "Recipe", declared: "Declaration", options:
     from vlafit.agreement import EVALUATION, Item, protocol_items, replan_items
     from vlafit.datasets import load_card, open_dataset
     from vlafit.execution import Execution
-    from vlafit.train import reconcile
+    from vlafit.train import readings, reconcile
 
     card = load_card(options.data)
     agreement = reconcile.agree_on(recipe, card, loaded.codec, declared)
     if not card.location().exists():
         item = Item("dataset files", {"dataset": "not here"}, "", "assumed", "the files were not compared")
-        agreement = agreement.with_items([item])
+        agreement = readings.of_card(recipe, card, loaded.codec, declared, agreement.with_items([item]))
     elif loaded.codec is not None:
         agreement = reconcile.outlook(
             recipe,
@@ -275,6 +275,7 @@ def _agree(loaded: "Loaded", recipe: "Recipe", declared: "Declaration", options:
         )
     else:
         open_dataset(card)  # so that files that are not what the card says are named first
+        agreement = readings.of_card(recipe, card, None, declared, agreement)
     if protocol := options.protocol:
         execution = Execution(replan=rollout.load_protocol(protocol).replan)
         agreement = agreement.with_items(
