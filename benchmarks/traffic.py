@@ -6,7 +6,8 @@ Run it in the repository's root. Forward and backward pass run on the meta devic
 does, in bf16 with the kernels of a GPU. Each operation that makes or changes numbers (no view) counts as a
 kernel that reads its operands and writes its results: eager, without fusing. Counted with one row and with
 two, so that what grows with the rows (a sample's) is told from what does not (a step's: casts of weights).
-The optimiser is not counted. Bytes are in 10^9.
+The optimiser is not counted. Bytes are in 10^9. attention is the calls of the forward pass, masked those of
+them with a mask, for which a slower kernel may run.
 """
 
 import argparse
@@ -22,9 +23,14 @@ from torch.utils._pytree import tree_iter
 
 from benchmarks import rows, train
 from benchmarks.rows import Row
-from vlafit.train.forecast import forecast, without_step
+from vlafit.nn.meta_kernels import MetaKernels
+from vlafit.nn.rng import sample_rng
+from vlafit.train.fit import workload
+from vlafit.train.forecast import prepare
+from vlafit.tuning import preview
 
-COLUMNS = ("size", "strategy", "shape", "sample_gb", "step_gb", "kernels")
+COLUMNS = ("size", "strategy", "shape", "sample_gb", "step_gb", "kernels", "attention", "masked")
+ATTENTION = "aten::_scaled_dot_product_efficient_attention"
 
 
 @final
@@ -33,13 +39,16 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.kernels = 0
+        self.bytes = self.kernels = self.attention = self.masked = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = [one for one in tree_iter(result) if isinstance(one, Tensor)]
         if made and not func.is_view and func.name() not in NO_KERNEL:
             self.kernels += 1
+            if func.name() == ATTENTION:
+                self.attention += 1
+                self.masked += args[3] is not None
             self.bytes += sum(map(_touched, tree_iter((args, kwargs)))) + sum(map(_touched, made))
         return result
 
@@ -63,17 +72,22 @@ def _touched(value: object) -> int:
 def counted(point: Row) -> Row:
     """Return a sample's and a step's traffic of a point of `benchmarks.train`, and a step's kernels."""
     taken = []
-    for batch in (1, 2):
-        recipe, policy, strategy, some = train.on_meta(point | {"batch": batch})
-        shape = train.BatchShape.of(some)
-        work = train.workload(recipe, shape.cameras, shape.tokens)
-        with Traffic() as whole:
-            forecast(policy, strategy, work)
-        with Traffic() as built:
-            without_step(policy, strategy, work)
-        taken.append((whole.bytes - built.bytes, whole.kernels - built.kernels))
-    (one, kernels), (two, _) = taken
-    return {"sample_gb": (two - one) / 1e9, "step_gb": (2 * one - two) / 1e9, "kernels": kernels}
+    for samples in (1, 2):
+        recipe, policy, strategy, batch = train.on_meta(point | {"batch": samples})
+        work = workload(recipe, batch.image_mask.shape[1], batch.prompt()[0].shape[1])
+        kernels = MetaKernels(bf16=work.precision == "bf16", cached=work.recompute == "none")
+        prepare(policy, preview(policy, strategy), work, kernels)
+        batch = batch.to("meta")
+        with Traffic() as seen, kernels:
+            rng = sample_rng([(0, row) for row in range(samples)], seed=0, draws=work.draws)
+            loss = torch.stack(list(policy(batch, rng).values())).sum()
+            kernels.forget()
+            loss.backward()
+        taken.append(seen)
+    one, two = taken
+    counts = {"kernels": one.kernels, "attention": one.attention, "masked": one.masked}
+    sample = two.bytes - one.bytes
+    return {"sample_gb": sample / 1e9, "step_gb": (one.bytes - sample) / 1e9, **counts}
 
 
 def table(options: argparse.Namespace) -> Iterable[Row]:

@@ -210,6 +210,10 @@ def test_a_samples_traffic_is_told_from_that_of_a_step():
     )
     got = traffic.counted(point)
     assert got["kernels"] > 500 and got["sample_gb"] > 0 and got["step_gb"] > 0
+    config = build_family("pi0", "pi0-tiny", device="meta").config
+    # All images and words are real: only the suffix has a mask. The prefix's last layer is not needed.
+    assert got["attention"] == config.vision.depth + 2 * config.language.depth - 1
+    assert got["masked"] == config.language.depth
 
 
 def test_pages_that_a_forked_child_shares_are_counted_once():
