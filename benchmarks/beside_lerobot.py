@@ -4,6 +4,7 @@
     .venv-lerobot/bin/python -m benchmarks.beside_lerobot --out benchmarks/results/beside_lerobot.jsonl
     .venv-lerobot/bin/python -m benchmarks.beside_lerobot --table benchmarks/results/beside_lerobot.jsonl
     .venv-lerobot/bin/python -m benchmarks.beside_lerobot --compiled --out FILE  # both under torch.compile
+    python -m benchmarks.beside_lerobot --write     # the table of docs/gpus.md, from benchmarks/results
 
 Run it in the repository's root. Two processes, one a side, hold the same policy (width 512, depth 6, images
 of 112 pixels, chunks of 50; LeRobot loads what vlafit exports), on one thread in fp32, and step in turns, the
@@ -42,6 +43,7 @@ import torch
 from benchmarks import rows, train
 from benchmarks.data import spread
 from benchmarks.rows import Row
+from vlafit import files
 from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
 from vlafit.inference import accelerated
 from vlafit.nn.batch import Batch
@@ -69,10 +71,14 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 SHARED = {"state_dim": 32, "action_dim": 32, "chunk": 50, "max_tokens": 48}
-CASES = (
-    "pi0 full padded", "pi0 full libero", "pi0 expert padded", "pi0 lora padded", "pi0 act padded",
-    "smolvla full padded", "smolvla expert padded",
-)  # fmt: skip
+CASES = {
+    "pi0 full padded": 1.4, "pi0 full libero": 2.1, "pi0 expert padded": 2.1, "pi0 lora padded": 1.35,
+    "pi0 act padded": 1.3, "smolvla full padded": 1.2, "smolvla expert padded": 1.5,
+}  # fmt: skip
+"""Each case, and how many times LeRobot's CPU time over ours is aimed at where both are eager."""
+RESULTS = Path("benchmarks/results")
+DOCUMENT = Path("docs/gpus.md")
+BEGIN, END = "<!-- written by python -m benchmarks.beside_lerobot --write -->\n", "<!-- end -->\n"
 BATCH = 4
 LORA = r".*(vision_tower|vision_model|language_model|text_model|gemma_expert|lm_expert).*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)"  # noqa: E501
 PROJECTIONS = ["state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out"]
@@ -337,6 +343,38 @@ def table(compared: Sequence[Row]) -> str:
     return rows.table(lines, list(lines[0]) if lines else ())
 
 
+def in_words(row: Row | None) -> str:
+    """Return LeRobot's CPU time over ours, median and range, and what the memory of each rose by."""
+    if row is None:
+        return "not measured"
+    ours, theirs = row["vlafit"], row["lerobot"]
+    ratios = [other / own for other, own in zip(theirs["cpu_s"], ours["cpu_s"], strict=True)]
+    return f"{spread(ratios)}; {ours['rise_mb']}, {theirs['rise_mb']}"
+
+
+def document_table(results: Path = RESULTS) -> str:
+    """Return the table of the newest row of each case, eager and compiled, Markdown."""
+    kept = {
+        row["case"]: row
+        for name in ("beside_lerobot.jsonl", "beside_lerobot_compiled.jsonl")
+        for row in map(json.loads, (results / name).read_text().splitlines())
+    }
+    columns = ("case", "aim", "eager; MB", "compiled; MB")
+    lines = [
+        dict(zip(columns, (
+            case, f"{aim:g}", in_words(kept.get(case)), in_words(kept.get(f"{case} {COMPILED}"))
+        ), strict=True))
+        for case, aim in CASES.items()
+    ]  # fmt: skip
+    return f"{rows.table(lines, columns)}\n"
+
+
+def write_document(document: Path = DOCUMENT) -> None:
+    """Write the table between its marks in the document."""
+    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    files.write_atomic(document, f"{before}{BEGIN}{document_table()}{END}{rest.partition(END)[2]}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="'FAMILY WHAT SHAPE'")
@@ -345,10 +383,14 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="of the code, where its folder is no repository")
     parser.add_argument("--out", type=Path, help="file of JSON lines, to which each row is added at once")
     parser.add_argument("--table", type=Path, help="print the table of an earlier run's file, and end")
+    parser.add_argument("--write", action="store_true", help=f"write the table of {DOCUMENT}, and end")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(options.serve)
+        return 0
+    if options.write:
+        write_document()
         return 0
     if options.table:
         print(table([json.loads(line) for line in options.table.read_text().splitlines()]))

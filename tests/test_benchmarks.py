@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import act, full_size, gpu, rows, traffic, train
+from benchmarks import act, beside_lerobot, full_size, gpu, rows, traffic, train
 from benchmarks.gpu_figures import FIGURES, FORECASTS, Figure
 from tests.waiting import wait_until
 from vlafit.policies import build_family
@@ -171,6 +171,7 @@ def test_the_table_of_what_gpus_reached_is_made_of_the_rows():
     page = gpu.DOCUMENT.read_text(encoding="utf-8")
     table = gpu.aims_table(list(gpu.rows_in(Path("benchmarks/results/gpu"))))
     assert f"{gpu.BEGIN}{table}{gpu.END}" in page
+    assert f"{beside_lerobot.BEGIN}{beside_lerobot.document_table()}{beside_lerobot.END}" in page
     reached = {line.split(" | ")[0] for line in table.splitlines()}
     assert {"| pi0 full", "| pi0 expert", "| pi0 acts, CUDA graph"} <= reached
 
