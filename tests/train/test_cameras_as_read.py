@@ -63,6 +63,14 @@ def edited(text: str, *changes: tuple[str, str]) -> str:
         ((('key = "obs/back"', 'flip = "vertical"\nkey = "obs/back"'),), ("camera back", "flipped vertical")),
         ((('key = "obs/back"', 'channels = "bgr"\nkey = "obs/back"'),), ("camera back", "bgr to rgb")),
         ((("relative = []", "relative = [true, false]"),), ("robot.relative", "'none'", "'dimensions 0'")),
+        (
+            (('"actions"], dim', '"actions"], scale = [-1.0, 1.0], dim'),),
+            ("action conversion was 'as in the files'", "is now 'times -1 in dimension 0'"),
+        ),
+        (
+            (("[robot]", "[rows]\naction_shift = 1\n[robot]"),),
+            ("action conversion was 'as in the files'", "is now 'that of row t+1'"),
+        ),
     ],
 )
 def test_a_card_that_reads_cameras_or_actions_otherwise_is_refused_on_resume(
@@ -85,7 +93,9 @@ def test_a_run_without_a_record_of_its_cameras_is_resumed_and_has_one_then(
     recipe, out = trained
     content = json.loads((out / "run.json").read_text())
     recorded = content.pop("data_read")
-    stated = {"state unit", "action unit", "state names", "action names"}
+    stated = {
+        f"{column} {what}" for column in ("state", "action") for what in ("unit", "names", "conversion")
+    }
     assert set(recorded["joints"]) == {"camera front", "camera back", "robot.relative", *stated}
     (out / "run.json").write_text(json.dumps(content))
     assert run(recipe, out, resume=True).finished

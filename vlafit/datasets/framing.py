@@ -7,6 +7,7 @@ from vlafit.agreement.cameras import misnamed
 from vlafit.agreement.forms import describe_form
 from vlafit.datasets.card import CameraCard, Card
 from vlafit.datasets.card_texts import BETWEEN, of_each
+from vlafit.datasets.conversions import COLUMNS, conversion
 
 NOT_STATED = "not stated"
 AS_STORED = "as stored"
@@ -115,7 +116,10 @@ def exchanged_keys(card: Card, trained: Sequence[Card] = (), confirmed: Sequence
 
 
 def reading(card: Card) -> dict[str, str]:
-    """Return what a card says of cameras, relative actions, units and names, which no hash covers."""
+    """Return what a card says of cameras, relative actions, units, names and conversions.
+
+    No hash covers them but the last: values that are computed otherwise are other data, and this says why.
+    """
     stated = {
         f"camera {c.name}": f"key {c.key}, {c.height}x{c.width}, {turned(c) or AS_STORED}"
         for c in card.robot.cameras
@@ -128,6 +132,7 @@ def reading(card: Card) -> dict[str, str]:
         f"{column.name} names": ", ".join(column.labels) or NOT_STATED
         for column in (card.embodiment.state, card.embodiment.action)
     }
+    stated |= {f"{name} conversion": conversion(card, name) for name in COLUMNS}
     dimensions = [str(number) for number, on in enumerate(card.robot.relative) if on]
     stated |= {
         f"robot.{name} is learned": describe_form(column.form)

@@ -14,7 +14,7 @@ from vlafit.errors import TrainingError, brief
 from vlafit.files import read_json_object, require_readable
 from vlafit.train.data import Data
 
-YOUNGER = (" unit", " names")  # points that the records of older runs lack
+YOUNGER = (" unit", " names", " conversion")  # points that the records of older runs lack
 DELETE = "delete the file to continue"
 
 
