@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.codec import codec_file
+from vlafit.codec import codec_file, prompt_tokens
 from vlafit.codec.action_bins import ActionBins
 from vlafit.codec.action_text import ActionText
 from vlafit.codec.codec_config import CodecConfig, columns_of, normaliser, require_consistent
@@ -23,7 +23,7 @@ from vlafit.codec.normaliser import FAR, MixedNormaliser, Normaliser
 from vlafit.codec.prompts import FORMS
 from vlafit.codec.statistics import Statistics
 from vlafit.codec.tokenizer import Tokenizer
-from vlafit.errors import CodecError, ConfigError, quoted
+from vlafit.errors import CodecError, ConfigError
 from vlafit.types import ActionChunk, Embodiment, Feature, Observation, Sample
 
 CACHED_PROMPTS = 4096  # texts whose tokens are kept; without states in them, as many as instructions
@@ -308,25 +308,7 @@ class Codec:
 
     def tokenise(self, text: tuple[str, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return the padded tokens of a prompt and their mask. Raises CodecError where there is no room."""
-        tokenizer = self.required_tokenizer
-        bos = tokenizer.bos
-        if self.config.special_tokens == "tokenizer":
-            ids = tokenizer.encode("".join(text), special=True)
-        else:
-            ids = [bos] if bos is not None and self.config.begins_with_bos else []
-            for piece in text:
-                ids.extend(tokenizer.encode(piece))
-        room = self.config.max_tokens
-        if len(ids) > room:
-            raise CodecError(
-                f"the prompt {quoted(''.join(text))} has {len(ids)} tokens, the policy takes {room}; "
-                "shorten the instruction or raise max_tokens"
-            )
-        tokens = np.full(room, tokenizer.pad, dtype=np.int64)
-        tokens[: len(ids)] = ids
-        mask = np.arange(room) < len(ids)
-        tokens.flags.writeable = mask.flags.writeable = False  # shared by every sample with this prompt
-        return tokens, mask
+        return prompt_tokens.padded(text, self.required_tokenizer, self.config)
 
     def _images(self, frames: Mapping[str, NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         for name, image in frames.items():

@@ -139,7 +139,7 @@ def read_greeting(frame: Any, url: str) -> Described:
             versions=dict(frame["versions"]),
             max_frame=int(frame.get("max_frame", 0)),
             relative=None if frame.get("relative") is None else tuple(map(bool, frame["relative"])),
-            **({"learned": Learned.from_json(frame["learned"])} if "learned" in frame else {}),
+            learned=Learned.from_json(frame["learned"]) if "learned" in frame else SILENT,
         )
     except (KeyError, TypeError, ValueError, AttributeError, VlafitError) as error:
         raise RemoteError(
