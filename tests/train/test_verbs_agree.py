@@ -268,6 +268,20 @@ def test_an_evaluation_is_on_what_was_confirmed_and_says_so(
         assert set(row["sides"]) == {"dataset", "checkpoint"}
 
 
+def test_the_card_of_a_run_that_kept_its_checkpoints_actions_is_evaluated(
+    late: Path, learned: Path, tmp_path: Path
+):
+    other = other_card("relative actions", late)
+    initial = start(recipe_of(other, learned, {"actions": "checkpoint"}))
+    saved_to = tmp_path / "run"
+    checkpoints.save(initial.policy, saved_to, initial.codecs, agreement=initial.agreement)
+    words = ("--data", str(other), "--out", str(tmp_path / "out"), *SHORT)
+    assert cli.main(["eval", str(saved_to), *words]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out/result.json").read_text())["agreement"]}
+    row = rows["relative actions"]
+    assert (row["status"], row["value"], row["reason"]) == ("chosen", "absolute", "as in the policy's run")
+
+
 def test_what_a_recipe_reads_otherwise_on_purpose_is_evaluated_as_it_reads_it(
     late: Path, learned: Path, tmp_path: Path, refused: Command
 ):

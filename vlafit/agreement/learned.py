@@ -67,7 +67,8 @@ class Learned:
 
 
 def _is_reading(name: str) -> bool:
-    return name == "frames" or "camera " in name or name.endswith((" columns", " conversion"))
+    whole = ("frames", "relative actions")
+    return name in whole or "camera " in name or name.endswith((" columns", " conversion"))
 
 
 UNSAID = Learned()

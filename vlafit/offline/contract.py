@@ -1,7 +1,7 @@
 """Compare an actor's robot, its data and its statistics with the dataset before anything is asked."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -154,7 +154,7 @@ def compare_readings(
     mask = actor.relative if isinstance(actor, OfData) else None
     items = (
         *_cameras(store, learned, adapt, confirmed.cameras),
-        _relative(store, mask, Consent.of_option("--confirm-relative", confirmed.relative)),
+        _relative(store, mask, learned, Consent.of_option("--confirm-relative", confirmed.relative)),
         *column_order.items([store.card], learned, robot, fix=column_order.FIX_HERE),
         framing.item([store.card], learned, sources, slots, framing.frames(store.card), frames),
         *conversions.items([store.card], learned, values),
@@ -189,10 +189,11 @@ def _cameras(
         yield consent.to(item, "correct the card; if it is right, add {consent}")
 
 
-def _relative(store: EpisodeStore, mask: tuple[bool, ...] | None, consent: Consent) -> Item:
+def _relative(store: EpisodeStore, mask: tuple[bool, ...] | None, learned: Learned, consent: Consent) -> Item:
     """Return which actions the card makes relative to the state, and which ones the policy learned so.
 
-    What the policy answers is made absolute by its own mask, whatever the card says.
+    What the policy answers is made absolute by its own mask, whatever the card says. A card as that of its
+    run, whose recipe chose the other mask, is no conflict.
     """
     own = tuple(store.card.robot.relative)
     here, name = describe_mask(own), "relative actions"
@@ -200,7 +201,11 @@ def _relative(store: EpisodeStore, mask: tuple[bool, ...] | None, consent: Conse
         return Item(name, {"dataset": here}, "", "assumed", "the policy does not say")
     there = describe_mask(mask)
     item = Item(name, {"dataset": here, "checkpoint": there}, there, "same")
-    return item if same_actions(own, mask) else consent.to(item, FIX_RELATIVE)
+    if same_actions(own, mask):
+        return item
+    if learned.said.get(name) == here:
+        return replace(item, status="chosen", reason="as in the policy's run")
+    return consent.to(item, FIX_RELATIVE)
 
 
 def adaptations(checkpoint: Path, embodiment: str = "") -> AdaptRecipe:
