@@ -214,6 +214,10 @@ def test_an_agreement_of_other_weights_or_a_damaged_one_is_refused(
         for read_it in (checkpoints.load, checkpoints.inspect):
             with pytest.raises(VlafitError, match=r"agreement\.json"):
                 read_it(folder)
+    for changed in ({"relative": "yes"}, {"relative": [1, 0]}, {"cameras": "front"}, {"cameras": [3]}):
+        path.write_text(json.dumps(json.loads(whole) | changed))
+        with pytest.raises(ConfigError, match=f"not an agreement .*{next(iter(changed))}"):
+            checkpoints.load(folder)
     content = json.loads(whole)
     content["embodiment"]["state"]["shape"] = [3]
     path.write_text(json.dumps(content))

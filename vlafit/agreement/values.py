@@ -290,7 +290,11 @@ def from_content(content: Mapping[str, Any], path: Path) -> Agreement:
         items = tuple(map(Item.from_json, content["items"]))
         if not items:
             raise ValueError("its items were deleted")
-        return Agreement(items, tuple(map(str, content["cameras"])), tuple(map(bool, content["relative"])))
+        cameras, relative = content["cameras"], content["relative"]
+        for name, values, kind in (("cameras", cameras, str), ("relative", relative, bool)):
+            if not isinstance(values, list) or not all(type(value) is kind for value in values):
+                raise TypeError(f"{name} {values!r}")
+        return Agreement(items, tuple(cameras), tuple(relative))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
 
