@@ -7,6 +7,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; everything els
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -222,6 +223,16 @@ def _outcomes(episodes: list[dict[str, Any]]) -> list[dict[str, bool | None]]:
     return [{f"{e['task']} {e['seed']}": e["success"] for e in some} for some in of_seed]
 
 
+def evaluation_speed() -> str:
+    """The table that the benchmark prints of its rows."""
+    place = HERE.parent / "benchmarks"
+    spec = importlib.util.spec_from_file_location("benchmark", place / "evaluation_beside_lerobot.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark.table(read_lines(place / "results" / "evaluation_beside_lerobot.jsonl")) + "\n"
+
+
 def provenance() -> str:
     """One row for each published run, of its evaluation after training, and for each comparison."""
     rows = []
@@ -272,6 +283,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "libero": lambda: libero_tables.by_task(RESULTS, libero_tables.KNOWN),
     "libero-expert": libero_expert,
     "latency": latency,
+    "evaluation-speed": evaluation_speed,
     "provenance": provenance,
 }
 
