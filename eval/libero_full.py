@@ -59,7 +59,7 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EVALUATIONS))
     parser.add_argument("--trials", type=int, default=50, help="official initial states of each task")
-    parser.add_argument("--workers", type=int, default=1, help="environment processes, 2 GB each")
+    parser.add_argument("--workers", type=int, default=1, help="environment processes")
     parser.add_argument("--runs", type=Path, default=Path("runs/libero-full"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -281,6 +281,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "shipped": shipped,
     "mt50": lambda: mt50(RESULTS / "metaworld-mt50"),
     "libero": lambda: libero_tables.by_task(RESULTS, libero_tables.KNOWN),
+    "libero-unseen": lambda: libero_tables.by_task(RESULTS, libero_tables.UNSEEN),
     "libero-expert": libero_expert,
     "latency": latency,
     "evaluation-speed": evaluation_speed,
