@@ -208,7 +208,9 @@ def row_of(initial: InitialPolicy, name: str) -> tuple[str | None, str, str, str
     return item.sides.get("checkpoint"), item.value, item.status, item.reason
 
 
-def test_what_a_second_card_leaves_unsaid_or_exchanges_is_a_line(tmp_path: Path):
+def test_what_a_second_card_leaves_unsaid_is_a_line_and_what_it_exchanges_an_error_unless_confirmed(
+    tmp_path: Path,
+):
     cards = [
         write_card(tmp_path / "one", cameras=("front", "top")),
         write_card(tmp_path / "two", cameras=("front", "top"), labels="[]", unit=""),
@@ -222,17 +224,26 @@ def test_what_a_second_card_leaves_unsaid_or_exchanges_is_a_line(tmp_path: Path)
             front = file[f"data/demo_{number}/obs/front"]
             front[...] = front[()] + 100  # else they would be the episodes of the first card
             file[f"data/demo_{number}/obs/top"] = front[()] + 9
-    recipe = recipe_of(cards[0], None, {})
-    initial = start(replace(recipe, data=replace(recipe.data, cards=tuple(map(str, cards)))))
+
+    def started(adapt: dict[str, Any]) -> InitialPolicy:
+        recipe = recipe_of(cards[0], None, adapt)
+        return start(replace(recipe, data=replace(recipe.data, cards=tuple(map(str, cards)))))
+
+    with pytest.raises(
+        EmbodimentError, match="camera front reads obs/top(.|\\n)*--adapt.cameras.front front"
+    ):
+        started({})
+    with pytest.raises(ConfigError, match=r"adapt\.cameras\.front maps a checkpoint's cameras"):
+        started({"cameras": {"front": "top"}})
+    initial = started({"cameras": {"front": "front"}})
     assert initial.agreement is not None
     lines = {item.name: item for item in initial.agreement.items if item.name.endswith("of bare")}
     columns = [f"{column} {what} of bare" for column in ("state", "action") for what in ("names", "unit")]
-    assert set(lines) == {*columns, "camera front of bare"}, "the first card has the key of top, too"
+    assert set(lines) == {*columns}
     assert all(
         lines[name].status == "assumed" and "bare: not stated" in lines[name].sides["dataset"]
         for name in columns
     )
-    assert "reads obs/top" in lines["camera front of bare"].sides["dataset"]
 
 
 def test_a_checkpoint_of_another_prompt_keeps_it(tmp_path: Path):

@@ -18,9 +18,10 @@ from vlafit.errors import EmbodimentError, TrainingError
 from vlafit.offline.contract import Confirmed, adaptations, compare_readings
 from vlafit.recipe import Recipe
 from vlafit.train import run
-from vlafit.train.data import camera_warnings, open_data, open_validation_sets
+from vlafit.train.data import open_data, open_validation_sets, require_cameras
 from vlafit.train.data_files import require_same_readings
 from vlafit.train.experiment import build
+from vlafit.train.reconcile import other_cards
 
 RIGHT = 'key = "obs/front"'
 
@@ -194,24 +195,43 @@ def test_exchanged_cameras_of_a_validation_set_are_refused_unless_confirmed(
     other = other_card(card, tmp_path / "other", *EXCHANGED)
     base = write_checkpoint(tmp_path / "base", cameras=("front", "back"))
 
-    def warnings(checkpoint: Path | None, adapt: dict[str, Any], trained_on: Path = card) -> tuple[str, ...]:
+    def require(checkpoint: Path | None, adapt: dict[str, Any], trained_on: Path = card) -> None:
         recipe = recipe_of(trained_on, checkpoint, adapt, validation_sets={"old": str(other)})
         data = open_data(recipe.data, recipe.train.seed)
-        return camera_warnings(recipe, open_validation_sets(recipe.data, data), data)
+        require_cameras(recipe, open_validation_sets(recipe.data, data), data)
 
-    with pytest.raises(
-        EmbodimentError, match=r"data\.validation_sets\.old: card 'other': camera front reads obs/back"
-    ):
-        warnings(base, {})
-    assert warnings(base, {"cameras": {"front": "front", "back": "back"}}) == ()
-    assert [text for text in warnings(None, {}) if "camera back reads obs/front" in text]
+    for checkpoint in (base, None):
+        with pytest.raises(
+            EmbodimentError,
+            match=r"data\.validation_sets\.old: card 'other': camera front reads obs/back(.|\n)*"
+            r'cameras = \{ front = "front", back = "back" \}',
+        ):
+            require(checkpoint, {})
+        require(checkpoint, {"cameras": {"front": "front", "back": "back"}})
     same = other_card(card, tmp_path / "same", *EXCHANGED)
     same.write_text(same.read_text().replace('"other"', '"same"'))
     with h5py.File(tmp_path / "same" / "joints" / "reach_demo.hdf5", "a") as file:
         for number in range(EPISODES):
             for column in ("obs/at", "actions"):
                 file[f"data/demo_{number}/{column}"][:] *= 1.1  # type: ignore[index]
-    assert warnings(base, {}, same) == (), "the training card has the keys confirmed"
+    require(base, {}, same)  # the training card has the keys confirmed
+
+
+def test_a_mixture_with_exchanged_cameras_is_refused_unless_confirmed_with_or_without_a_checkpoint(
+    card: Path, tmp_path: Path
+) -> None:
+    other = other_card(card, tmp_path / "other", *EXCHANGED)
+    base = write_checkpoint(tmp_path / "base", cameras=("front", "back"))
+
+    def items(checkpoint: Path | None, cameras: dict[str, str]) -> list[Item]:
+        recipe = recipe_of(card, checkpoint, {"cameras": cameras})
+        return list(other_cards(recipe, [load_card(str(card)), load_card(str(other))]))
+
+    for checkpoint in (base, None):
+        found = items(checkpoint, {})
+        assert [item.status for item in found] == ["conflict", "conflict"]
+        assert all('cameras = { front = "front", back = "back" }' in item.fix for item in found)
+        assert not items(checkpoint, {"front": "front", "back": "back"})
 
 
 @pytest.mark.case(

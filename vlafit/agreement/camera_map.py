@@ -1,5 +1,6 @@
 """Propose which camera of a dataset fills which slot of a policy, as far as their names tell."""
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 
@@ -143,6 +144,13 @@ def accept(
     options = [f"--adapt.cameras.{slot} {source or repr('')}" for slot, source in sources.items()]
     wanted = not resize and _resized(proposal, recorded, trained)
     return (*options, *["--adapt.resize true"] * wanted)
+
+
+def to_themselves(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Return how a recipe, and the options of a command, confirm that cameras read the right keys."""
+    entries = ", ".join(f"{_key(name)} = {json.dumps(name, ensure_ascii=False)}" for name in names)
+    options = tuple(f"--adapt.cameras.{name} {name}" for name in names if re.fullmatch(NAME, name))
+    return f"[adapt] cameras = {{ {entries} }}", options if len(options) == len(names) else ()
 
 
 def _key(name: str) -> str:

@@ -26,10 +26,12 @@ def decide(
     if (checkpoint is None or not checkpoint.slots) and slots:
         return _shared(slots, recorded, adapt)
     if checkpoint is None or not checkpoint.slots:
-        if adapt.cameras:
+        mapped = [slot for slot, name in adapt.cameras.items() if slot != name or name not in recorded]
+        if mapped:
             owner = checkpoint.title if checkpoint else "this recipe has no checkpoint, so it"
             raise ConfigError(
-                f"adapt.cameras maps a checkpoint's cameras, and {owner} names none; remove adapt.cameras"
+                f"adapt.cameras.{mapped[0]} maps a checkpoint's cameras, and {owner} names none; remove it "
+                "(a camera mapped to itself confirms the key that its card reads)"
             )
         names = tuple(recorded)
         reason = (
@@ -40,7 +42,7 @@ def decide(
             Item(f"camera slot {i}", {"dataset": f"{n} {_frame(recorded[n])}"}, n, status, reason)
             for i, n in enumerate(names)
         ]
-        exchanged = [(name, misnamed(name, dataset.keys)) for name in names]
+        exchanged = [(name, misnamed(name, dataset.keys)) for name in names if name not in adapt.cameras]
         items += [
             Item(f"camera {name}", {"dataset": text}, name, "differs", "are the cameras exchanged?")
             for name, text in exchanged

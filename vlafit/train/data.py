@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import compress
 
 from vlafit import checkpoints
+from vlafit.agreement.camera_map import to_themselves
 from vlafit.datasets import Card, EpisodeStore, episodes_hash, load_card, open_dataset, split_episodes
 from vlafit.datasets.checks import check_declared
 from vlafit.datasets.content import content_of
@@ -353,27 +354,22 @@ def declared_warnings(data: Data) -> tuple[str, ...]:
     )
 
 
-def camera_warnings(recipe: Recipe, sets: ValidationSets, data: Data) -> tuple[str, ...]:
-    """Return a sentence for each camera of a validation set that may be another one.
+def require_cameras(recipe: Recipe, sets: ValidationSets, data: Data) -> None:
+    """Raise EmbodimentError where a camera of a validation set reads a key that has the name of another one.
 
-    Raises EmbodimentError where its key has the name of another camera, as the agreement does for the
-    training data of a run from a checkpoint; `adapt.cameras` confirms a key, and so does a training card.
+    `adapt.cameras` confirms a key, and so does a training card.
     """
-    found = []
+    found: dict[str, str] = {}
     for name, stores in sets.items():
         for store in stores:
             where, embodiment = f"data.validation_sets.{name}: card {store.card.name!r}", data.name_of(store)
             trained = data.of(embodiment).cards
             confirmed = recipe.adapt.of(embodiment).cameras.values()
-            texts = exchanged_keys(store.card, trained, [*confirmed]).values()
-            found += [f"{where}: {text}" for text in texts]
-    found = list(dict.fromkeys(found))
-    if found and recipe.policy.checkpoint:
-        fix = (
-            'correct the card; if it is right, map each camera to itself: [adapt] cameras = { NAME = "NAME" }'
-        )
-        raise EmbodimentError("\n".join([*found, f"  fix: {fix}"]))
-    return tuple(f"{text}: are the cameras exchanged?" for text in found)
+            texts = exchanged_keys(store.card, trained, [*confirmed])
+            found |= {f"{where}: {text}": camera for camera, text in texts.items()}
+    if found:
+        confirm, _ = to_themselves([*dict.fromkeys(found.values())])
+        raise EmbodimentError("\n".join([*found, f"  fix: correct the card; if it is right: {confirm}"]))
 
 
 def renderer_warnings(sets: ValidationSets, data: Data) -> tuple[str, ...]:

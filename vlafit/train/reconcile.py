@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlafit import checkpoints
 from vlafit.agreement import INVALID, Agreement, Forms, Item, Party, agree, join, propose, shared_slots
+from vlafit.agreement.camera_map import to_themselves
 from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.action_bins import BINS
@@ -19,8 +20,6 @@ from vlafit.train import action_layout, action_tokenizer, data_statistics, readi
 from vlafit.train.data import Data, open_data
 from vlafit.train.prompts import require_prompts
 from vlafit.train.tokenizer import SMALLEST_SHARE
-
-EXCHANGED = "are the cameras exchanged?"
 
 
 def dataset_party(card: Card) -> Party:
@@ -107,8 +106,7 @@ def other_cards(recipe: Recipe, cards: Sequence[Card]) -> Iterator[Item]:
     """Yield what further cards leave unsaid of the robot that the first describes, and their cameras' keys.
 
     What cards say differently is refused when they are opened. A camera whose key has the name of another one
-    is a conflict on a checkpoint, as in the first card, unless that has the same key or `adapt.cameras` names
-    the camera.
+    is a conflict, unless the first card has the same key or `adapt.cameras` names the camera.
     """
     first, *others = cards
     for card in others:
@@ -129,12 +127,12 @@ def other_cards(recipe: Recipe, cards: Sequence[Card]) -> Iterator[Item]:
                     reason = f"card {silent} does not say: taken to be the same"
                     sides = {"dataset": "; ".join(stated)}
                     yield Item(f"{column} {what} of {card.name}", sides, here or there, "assumed", reason)
-        for name, text in exchanged_keys(card, [first], [*recipe.adapt.cameras.values()]).items():
-            item = Item(f"camera {name} of {card.name}", {"dataset": text}, name, "differs", EXCHANGED)
-            if recipe.policy.checkpoint:
-                fix = f'correct the card; if it is right: [adapt] cameras = {{ {name} = "{name}" }}'
-                item = replace(item, value="", status="conflict", reason="", fix=fix)
-            yield item
+        exchanged = exchanged_keys(card, [first], [*recipe.adapt.cameras.values()])
+        confirm, accept = to_themselves([*exchanged])
+        for name, text in exchanged.items():
+            fix = f"correct the card; if it is right: {confirm}"
+            sides = {"dataset": text}
+            yield Item(f"camera {name} of {card.name}", sides, "", "conflict", fix=fix, accept=accept)
 
 
 def codecs_before(recipe: Recipe, data: Data, own: CodecSet | None, checkpoint: Path) -> dict[str, Codec]:
