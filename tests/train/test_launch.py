@@ -102,6 +102,30 @@ def test_keys_of_fsdp_without_effect_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "changes", "facts"),
+    [
+        (
+            FSDP2,
+            {"fsdp_sharding_strategy": "HYBRID_SHARD"},
+            ["fsdp_sharding_strategy HYBRID_SHARD", "replicas"],
+        ),
+        (FSDP1, {"fsdp_reshard_after_forward": False}, ["fsdp_reshard_after_forward false", "sharding full"]),
+    ],
+)
+def test_a_key_of_the_other_version_of_fsdp_is_named(
+    tmp_path: Path, config: dict[str, Any], changes: dict[str, Any], facts: list[str]
+) -> None:
+    notes = " ".join(fsdp(tmp_path, config, **changes).notes)
+    assert all(fact in notes for fact in facts), notes
+
+
+def test_a_value_of_fsdp_that_is_not_true_or_false_is_refused(tmp_path: Path) -> None:
+    assert fsdp(tmp_path, FSDP2, fsdp_reshard_after_forward="on").sharding == "full"
+    with pytest.raises(ConfigError, match=r"fsdp_reshard_after_forward 'sometimes'"):
+        fsdp(tmp_path, FSDP2, fsdp_reshard_after_forward="sometimes")
+
+
+@pytest.mark.parametrize(
     ("stage", "sharding"), [(0, "none"), (1, "gradients"), (2, "gradients"), (3, "full")]
 )
 def test_a_zero_stage_becomes_the_recipes_sharding(tmp_path: Path, stage: int, sharding: Sharding) -> None:
@@ -255,6 +279,19 @@ def test_every_key_of_a_deepspeed_file_is_honoured_or_named(tmp_path: Path) -> N
          ["bf16.bf16_master_weights_and_grads", "train.weights bf16"]),
         ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op", "mean"]),
         ({"progressive_layer_drop": {"enabled": True}}, ["progressive_layer_drop"]),
+        ({"bf16": {"enabled": "maybe"}}, ["bf16.enabled", "maybe", "auto"]),
+        ({"bf16": True}, ["bf16 true is no table", "enabled"]),
+        ({"fp16": {"enabled": "true"}}, ["fp16", "bf16"]),
+        ({"bf16": {"enabled": True, "bf16_optimizer_states": "true"}}, ["bf16.bf16_optimizer_states"]),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, ["cpu_offload", "optim.states 8bit"]),
+        ({"zero_optimization": {"stage": 3, "cpu_offload_params": "true"}}, ["cpu_offload_params", "8bit"]),
+        ({"zero_optimization": {"stage": 3, "cpu_offload_param": True}}, ["cpu_offload_param ", "8bit"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, ["offload_optimizer", "'cpu'"]),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}},
+         ["mics_shard_size 4", "--train.sharding full --train.replicas"]),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, ["zero_quantized_gradients"]),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": "true"}}, ["quantise"]),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, ["zenflow"]),
         ({"gradient_clipping": -1}, ["gradient_clipping -1", "0: no clipping"]),
         ({"gradient_clipping": "nan"}, ["gradient_clipping 'nan'"]),
     ],
@@ -276,7 +313,12 @@ def test_a_deepspeed_file_that_would_change_what_is_learned_is_refused(
         ({"torch_autocast": {"enabled": True, "dtype": "torch.bfloat16"}}, "bf16"),
         ({"torch_autocast": {"enabled": True, "dtype": "float32"}}, None),
         ({"torch_autocast": {"enabled": False, "dtype": "float16"}}, None),
+        ({"bf16": {"enabled": "true"}}, "bf16"),  # as pydantic reads it for DeepSpeed
+        ({"bf16": {"enabled": 1}}, "bf16"),
         ({"bf16": {"enabled": False}}, None),
+        ({"bf16": {"enabled": "false"}}, None),
+        ({"amp": {"enabled": "false"}}, None),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": False, "mics_shard_size": -1}}, None),
         ({"zero_optimization": {"stage": 3, "offload_param": None, "offload_optimizer": "none"}}, None),
     ],
 )
@@ -286,6 +328,23 @@ def test_every_way_to_ask_for_bf16_in_a_deepspeed_file_is_read(
     plan = with_file(tmp_path, content)
     assert plan.precision == precision
     assert not any(key in note for note in plan.notes[1:] for key in content)
+
+
+@pytest.mark.parametrize(
+    ("content", "mixed", "precision", "facts"),
+    [
+        ({"bf16": {"enabled": "auto"}}, "no", None, ['bf16.enabled "auto"', "'no'", "--train.precision"]),
+        ({"bf16": {"enabled": "auto"}}, "bf16", "bf16", ['bf16.enabled "auto"', "'bf16'"]),
+        ({"bf16": {"enabled": False}}, "bf16", "bf16", ["bf16.enabled false has no effect", "'bf16' holds"]),
+        ({"bf16": {"enabled": True}}, "fp16", "bf16", ["bf16 holds", "'fp16' has no effect"]),
+    ],
+)
+def test_where_a_deepspeed_file_and_accelerate_name_a_precision_a_sentence_says_which_holds(
+    tmp_path: Path, content: dict[str, Any], mixed: str, precision: str | None, facts: list[str]
+) -> None:
+    plan = with_file(tmp_path, content, mixed_precision=mixed)
+    assert plan.precision == precision
+    assert all(fact in " ".join(plan.notes) for fact in facts), plan.notes
 
 
 def test_keys_inside_the_tables_of_a_deepspeed_file_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from typing import Literal
 from vlafit.errors import ConfigError
 from vlafit.train.launch_deepspeed import read_deepspeed
 from vlafit.train.launch_plan import (
+    FALSE,
     LESS_MEMORY,
+    TRUE,
     LaunchPlan,
     Sharding,
     accumulation_of,
@@ -183,6 +185,7 @@ def _fsdp(
     version = environ.get("FSDP_VERSION", "1")
     name = f"accelerate (FSDP {version})"
     strategy = environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
+    reshard = environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
     if version == "1":
         if strategy not in FSDP1_STRATEGIES:
             raise ConfigError(
@@ -192,9 +195,12 @@ def _fsdp(
             )
         sharding = FSDP1_STRATEGIES[strategy]
         replicas = _machines(environ, name) if strategy in HYBRID else None
+        unread = ("fsdp_reshard_after_forward", reshard) if reshard not in TRUE else None
     else:
-        reshards = environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "1")
-        sharding, replicas = "full" if reshards else "gradients", None
+        if reshard not in (*TRUE, *FALSE):
+            raise ConfigError(f"{name}: fsdp_reshard_after_forward {reshard!r} is neither true nor false")
+        sharding, replicas = "full" if reshard in TRUE else "gradients", None
+        unread = ("fsdp_sharding_strategy", strategy) if strategy not in ("FULL_SHARD", "1") else None
     _refuse_on(environ, "FSDP_OFFLOAD_PARAMS", name, "fsdp_offload_params", LESS_MEMORY)
     offload = "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"
     _refuse_on(environ, offload, name, "fsdp_activation_checkpointing_offload", LESS_MEMORY)
@@ -206,6 +212,12 @@ def _fsdp(
     notes = [f"{name}: every block of the policy is sharded by itself, and checkpoints are written whole"]
     if keys := keys_asked_for(environ, FSDP_WITHOUT_EFFECT):
         notes[0] += f", so {have_no_effect(keys)}"
+    if unread is not None:
+        instead = "fsdp_sharding_strategy" if version == "1" else "fsdp_reshard_after_forward"
+        notes.append(
+            f"{name}: {unread[0]} {unread[1]} has no effect with this version: {instead} holds, and "
+            f"--train.sharding {sharding} with it (copies of shards: --train.replicas)"
+        )
     recompute = "full" if is_on(environ, "FSDP_ACTIVATION_CHECKPOINTING") else None
     return LaunchPlan(name, precision, sharding, accumulate, recompute, replicas=replicas, notes=tuple(notes))
 

@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlafit.errors import ConfigError
 from vlafit.files import parse_json, plain_text
 from vlafit.train.launch_plan import (
+    FALSE,
     LESS_MEMORY,
+    TRUE,
     LaunchPlan,
     Sharding,
     accumulation_of,
@@ -27,13 +29,29 @@ DEEPSPEED_WITHOUT_EFFECT = {
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": ("zero3_init_flag", ("", "false")),
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": ("zero3_save_16bit_model", ("", "false")),
 }
+OLD_OFFLOAD = ("cpu_offload", "cpu_offload_param", "cpu_offload_params")  # before there were tables
+REFUSED_OF_ZERO = {
+    "zenflow": "every gradient is used in its own step",
+    "zeropp_loco_param": "gradients are summed over processes in the precision that they have",
+    "zero_quantized_gradients": "gradients are summed over processes in the precision that they have",
+    "zero_quantized_weights": "a strategy with `quantise` keeps frozen weights in 4 or 8 bits",
+    "zero_quantized_nontrainable_weights": "a strategy with `quantise` keeps frozen weights in 4 or 8 bits",
+}
+"""Keys of zero_optimization that would change what is learned, or how -> what comes closest."""
 BF16, FP16, AUTOCAST = ("bf16", "bfloat16"), ("fp16",), "torch_autocast"
 READ_OF_A_FILE = (
     *BF16, *FP16, AUTOCAST, "gradient_accumulation_steps", "gradient_clipping", "zero_optimization",
 )  # fmt: skip
 """Keys of a DeepSpeed file that become values of the recipe."""
 READ_OF_TABLES = {  # their own keys that do
-    "zero_optimization": ("stage", "offload_optimizer", "offload_param"),
+    "zero_optimization": (
+        "stage",
+        "offload_optimizer",
+        "offload_param",
+        *OLD_OFFLOAD,
+        *REFUSED_OF_ZERO,
+        "mics_shard_size",
+    ),
     **dict.fromkeys((*BF16, *FP16), ("enabled",)),
     AUTOCAST: ("enabled", "dtype"),
 }
@@ -73,11 +91,15 @@ def read_deepspeed(environ: Mapping[str, str]) -> LaunchPlan:
         ("offload_param", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
     ):
         device = _table(zero, key).get("device", "none") if path else environ.get(variable, "none")
+        if path and isinstance(zero.get(key), str):  # no table, and still a wish
+            device = zero[key]
         if str(device).lower() not in ("none", ""):
             raise ConfigError(
                 f"{name}: {key}_device {device!r} cannot be honoured: set it to 'none'. {LESS_MEMORY}"
             )
     _refuse_in_a_file(file, path)
+    _refuse_of_zero(zero, path, environ)
+    mixed, said = _mixed(file, path), environ["ACCELERATE_MIXED_PRECISION"].lower()
     steps, clip = (
         file.get(key) if path else environ.get(variable)
         for key, variable in (
@@ -92,15 +114,51 @@ def read_deepspeed(environ: Mapping[str, str]) -> LaunchPlan:
         note += f"; {have_no_effect(keys)}"
     return LaunchPlan(
         name,
-        precision_of(_mixed(file) or environ["ACCELERATE_MIXED_PRECISION"], name),
+        precision_of(mixed or said, name),
         ZERO[stage],
         accumulation_of(steps, name),
         clip_norm=_clip(clip, name),
-        notes=(note, *_without_effect(file, path)),
+        notes=(note, *_without_effect(file, path), *_about_precision(file, path, mixed, said)),
     )
 
 
+def _about_precision(file: Mapping[str, Any], path: str, mixed: str, said: str) -> Iterator[str]:
+    """Yield sentences where a file's precision is left to accelerate, or is not accelerate's."""
+    told = False  # transformers' template leaves both bf16 and fp16 to it
+    for table in (*BF16, *FP16):
+        if not told and _truth(_table(file, table).get("enabled"), f"{path}: {table}.enabled") == "auto":
+            told, nothing = True, ", which decides nothing: vlafit's default holds (--train.precision)"
+            end = nothing if said in ("no", "") and not mixed else ""
+            yield f'{path}: {table}.enabled "auto" follows accelerate\'s mixed_precision {said!r}{end}'
+        elif table in file and not mixed and said == {"bfloat16": "bf16"}.get(table, table):
+            yield f"{path}: {table}.enabled false has no effect: accelerate's mixed_precision {said!r} holds"
+    if mixed and said not in ("no", "", mixed):
+        yield f"{path}: its precision {mixed} holds; accelerate's mixed_precision {said!r} has no effect"
+
+
+def _refuse_of_zero(zero: Mapping[str, Any], path: str, environ: Mapping[str, str]) -> None:
+    where = f"{path}: zero_optimization"
+    for key in OLD_OFFLOAD:
+        if key in zero and _truth(zero[key], f"{where}.{key}") is not False:
+            raise ConfigError(f"{where}.{key} cannot be honoured: set it to false. {LESS_MEMORY}")
+    for key, instead in REFUSED_OF_ZERO.items():
+        if key in zero and not _is_off(zero[key]):
+            raise ConfigError(f"{where}.{key} cannot be honoured: remove it; {instead}")
+    size, world = zero.get("mics_shard_size", -1), int(environ.get("WORLD_SIZE", "1"))
+    if not isinstance(size, int) or size > 0:
+        copies = f"{world // size}" if isinstance(size, int) and 1 < size < world else "COPIES"
+        raise ConfigError(
+            f"{where}.mics_shard_size {json.dumps(size)} cannot be honoured: remove it; --train.sharding "
+            f"full --train.replicas {copies} (processes / mics_shard_size) shards within groups, as it does"
+        )
+
+
 def _refuse_in_a_file(file: Mapping[str, Any], path: str) -> None:
+    for key in (*BF16, *FP16, AUTOCAST):
+        if file.get(key) is not None and not isinstance(file[key], Mapping):
+            raise ConfigError(
+                f'{path}: {key} {json.dumps(file[key])} is no table: write {{"enabled": true}} or remove it'
+            )
     for key, instead in REFUSED_IN_A_FILE.items():
         if key in file and not _is_off(file[key]):
             raise ConfigError(
@@ -108,7 +166,7 @@ def _refuse_in_a_file(file: Mapping[str, Any], path: str) -> None:
             )
     for table in BF16:
         for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
-            if _table(file, table).get(key) is True:
+            if _truth(_table(file, table).get(key), f"{path}: {table}.{key}") is not False:
                 raise ConfigError(
                     f"{path}: {table}.{key} true cannot be honoured: set it to false. Without sharding, "
                     "--train.weights bf16 keeps what is trained in bf16, and --optim.states 8bit the states"
@@ -120,13 +178,13 @@ def _refuse_in_a_file(file: Mapping[str, Any], path: str) -> None:
         )
 
 
-def _mixed(file: Mapping[str, Any]) -> str:
+def _mixed(file: Mapping[str, Any], path: str) -> str:
     """Return the precision that a DeepSpeed file enables by name; empty where it enables none."""
-    if any(_enabled(file, name) for name in FP16):
+    if any(_enabled(file, name, path) for name in FP16):
         return "fp16"
-    if any(_enabled(file, name) for name in BF16):
+    if any(_enabled(file, name, path) for name in BF16):
         return "bf16"
-    if _enabled(file, AUTOCAST):
+    if _enabled(file, AUTOCAST, path):
         dtype = str(file[AUTOCAST].get("dtype", "fp16"))  # torch's autocast without a dtype
         return AUTOCAST_DTYPES.get(dtype, dtype)
     return ""
@@ -139,7 +197,7 @@ def _without_effect(file: Mapping[str, Any], path: str) -> Iterator[str]:
             yield f"{path}: {key} {rows} has no effect: train.batch_size holds"
     others = [key for key in file if key not in (*READ_OF_A_FILE, *REFUSED_IN_A_FILE, *BATCHES)]
     for table, read in READ_OF_TABLES.items():
-        if table == "zero_optimization" or _enabled(file, table):
+        if table == "zero_optimization" or _enabled(file, table, path):
             others += [f"{table}.{key}" for key in _table(file, table) if key not in read]
     if others:
         yield f"{path}: {have_no_effect(others)}"
@@ -168,12 +226,26 @@ def _table(file: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return table if isinstance(table, Mapping) else {}
 
 
-def _enabled(file: Mapping[str, Any], key: str) -> bool:
-    return _table(file, key).get("enabled") is True
+def _enabled(file: Mapping[str, Any], key: str, path: str) -> bool:
+    return _truth(_table(file, key).get("enabled"), f"{path}: {key}.enabled") is True
+
+
+def _truth(value: object, where: str) -> bool | Literal["auto"]:
+    """Return a truth value as DeepSpeed reads one, or "auto". Raises ConfigError for other values."""
+    text = str(value).lower()
+    if value is None or text in FALSE:
+        return False
+    if text == "auto":
+        return "auto"
+    if text in TRUE:
+        return True
+    raise ConfigError(f'{where} {json.dumps(value)} is none of true, false and "auto"')
 
 
 def _is_off(value: object) -> bool:
-    return value is None or value is False or (isinstance(value, Mapping) and value.get("enabled") is False)
+    if isinstance(value, Mapping):
+        value = value.get("enabled", True)
+    return value is None or str(value).lower() in FALSE
 
 
 def _clip(value: Any, where: str) -> float | None:

@@ -8,6 +8,8 @@ from vlafit.errors import ConfigError
 
 Sharding = Literal["none", "gradients", "full"]
 
+TRUE = ("true", "1", "yes", "y", "t", "on")  # as accelerate and DeepSpeed read them
+FALSE = ("false", "0", "no", "n", "f", "off")
 LESS_MEMORY = (
     "--train.recompute full, a higher --train.accumulate and, without sharding, --optim.states 8bit or cpu "
     "lower the memory on the GPU; --train.memory 24GB picks them for a card"
@@ -73,4 +75,4 @@ def accumulation_of(value: Any, where: str) -> int | None:
 
 def is_on(environ: Mapping[str, str], name: str) -> bool:
     """Tell whether a variable is set to true."""
-    return environ.get(name, "false").lower() in ("true", "1", "yes")
+    return environ.get(name, "false").lower() in TRUE
