@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from vlafit.errors import ConfigError, brief
+from vlafit.errors import ConfigError, brief, command_line
 from vlafit.files import parse_json, plain_text
 
 WHOLE = (
@@ -18,6 +18,8 @@ WHOLE = (
 """Files and folders that lie in a checkpoint, and not in a run."""
 OFT_ADAPTERS = "lora_adapter"
 """The folder of adapters in a run of OpenVLA-OFT; where they are merged, the run is a checkpoint itself."""
+OF_A_RUN = ("run.json", "plan.json", "agreement.json", "metrics.jsonl", "checkpoints")
+"""Files and folders beside recipe.toml in a run."""
 SAVED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 """Endings of files of which a checkpoint has one."""
 
@@ -47,7 +49,14 @@ def in_run(path: Path) -> Path | None:
         return steps[-1].parent
     if _is_whole(path / OFT_ADAPTERS):
         return path / OFT_ADAPTERS
-    return _of_another_program(path) if path.is_dir() else None
+    found = _of_another_program(path) if path.is_dir() else None
+    if (
+        found is None
+        and (path / "recipe.toml").is_file()
+        and any((path / mark).exists() for mark in OF_A_RUN)
+    ):
+        raise _without_checkpoint(path)
+    return found
 
 
 def below(path: Path) -> list[Path]:
@@ -84,6 +93,14 @@ def _of_another_program(run: Path) -> Path | None:
     return None
 
 
+def _without_checkpoint(run: Path) -> ConfigError:
+    again = command_line("train", run / "recipe.toml", "--out", run, "--resume")
+    return ConfigError(
+        f"{run} is a run that has no checkpoint yet: it ended before its first one, or they were deleted. Go "
+        f"on with: {again}"
+    )
+
+
 def _follow(pointer: Path) -> Path:
     try:
         name = parse_json(plain_text(pointer))["path"]
@@ -93,5 +110,8 @@ def _follow(pointer: Path) -> Path:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{pointer}: damaged ({brief(error)}); name the checkpoint's own folder") from error
     if not (folder / "policy.json").is_file():
+        run = pointer.parent.parent
+        if (run / "recipe.toml").is_file() and not any(pointer.parent.glob("step_*/policy.json")):
+            raise _without_checkpoint(run)
         raise ConfigError(f"{pointer} points to {folder}, which is no checkpoint; name another one")
     return folder

@@ -82,6 +82,23 @@ def test_a_checkpoint_that_its_run_deletes_is_told_from_a_foreign_one(tmp_path: 
     assert "--format" not in str(caught.value)
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="`none of model.safetensors ...`, or a word on agreement.json",
+    user_has="a run that was killed before its first checkpoint, or whose checkpoints were deleted",
+    now="an error that says so, with the command that goes on",
+)
+@pytest.mark.parametrize("held", [("plan.json", "agreement.json"), ("run.json",), ("checkpoints/last.json",)])
+def test_a_run_without_a_checkpoint_is_named_as_one(tmp_path: Path, held: tuple[str, ...]):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("recipe.toml", *held):
+        (run / name).write_text('{"path": "step_000004"}' if name.endswith("last.json") else "")
+    for find in (lambda: checkpoint_folder(str(run), foreign=True), lambda: checkpoints.place(run)):
+        with pytest.raises(ConfigError, match=rf"{run}.*no checkpoint.*--out {run} --resume"):
+            find()
+
+
 def test_a_checkpoint_is_never_taken_for_a_run(tmp_path: Path):
     vlafit.save_checkpoint(random_policy("pi0-tiny"), tmp_path / "c")
     lerobot_run(tmp_path / "c" / "run")
@@ -102,6 +119,9 @@ ADDRESSES = [
     ("https://huggingface.co/lerobot/pi0_base", ["by its id: lerobot/pi0_base"]),
     ("https://huggingface.co/lerobot/pi0_base/tree/v1.2", ["by its id: lerobot/pi0_base@v1.2"]),
     ("hf://lerobot/pi0_base", ["by its id: lerobot/pi0_base"]),
+    ("https://huggingface.co/datasets/lerobot/pusht", ["dataset", "data.cards", '["lerobot/pusht"]']),
+    ("hf://datasets/lerobot/pusht/blob/main/README.md", ["dataset", '["lerobot/pusht"]']),
+    ("https://huggingface.co/spaces/lab/demo", ["download its files"]),
     ("https://example.org/weights", ["download its files", "weights"]),
 ]
 

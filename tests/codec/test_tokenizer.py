@@ -83,6 +83,19 @@ def test_a_tokenizer_that_pads_or_cuts_by_itself_is_stopped_from_doing_so(tmp_pa
     assert load(tmp_path).encode(SENTENCES[0]) == TRAINED.encode(SENTENCES[0])
 
 
+def test_a_file_of_the_tokenizers_library_may_have_any_name(tmp_path: Path):
+    TRAINED.save(tmp_path)
+    other = tmp_path / "words.json"
+    (tmp_path / "tokenizer.json").rename(other)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "of another tokenizer"}')
+    loaded = load(other)
+    assert loaded.encode("pick up") == TRAINED.encode("pick up") and loaded.bos == TRAINED.bos
+    with pytest.raises(CodecError, match="tokenizer_config.json: not a readable tokenizer"):
+        load(tmp_path / "tokenizer_config.json")
+    with pytest.raises(CodecError, match=r"words\.txt: is not a tokenizer"):
+        load(other.rename(tmp_path / "words.txt"))
+
+
 def test_a_folder_without_tokenizer_json_is_read_through_transformers(tmp_path: Path):
     TRAINED.backend.model.save(str(tmp_path))  # vocab.json and merges.txt, as older tokenizers are kept
     config = {

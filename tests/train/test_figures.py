@@ -57,15 +57,16 @@ def test_validation_is_on_the_same_samples_whatever_the_batch_size_and_the_proce
 def test_different_learning_rates_are_logged_by_rule(recipe: Recipe, tmp_path: Path) -> None:
     strategy = tmp_path / "two.toml"
     strategy.write_text(
-        '[[rule]]\nselect = { part = "expert" }\nmode = "full"\n\n'
-        '[[rule]]\nselect = { part = "vision" }\nmode = "full"\nlr = 0.1\n\n[[rule]]\nmode = "frozen"\n'
+        '[[rule]]\nselect = { part = "vision" }\nmode = "full"\nlr = 0.1\n\n'
+        '[[rule]]\nselect = { part = "expert" }\nmode = "full"\n\n[[rule]]\nmode = "frozen"\n'
     )
     train = replace(recipe.train, steps=2, validate_every=0)
     run(replace(recipe, strategy=str(strategy), train=train), tmp_path / "run")
     event = next(e for e in metrics(tmp_path / "run") if "train/loss" in e)
     rates = {name: value for name, value in event.items() if name.startswith("train/lr/")}
-    assert list(rates) == ["train/lr/1_expert", "train/lr/2_vision"]
-    assert rates["train/lr/2_vision"] == pytest.approx(0.1 * rates["train/lr/1_expert"])
+    assert list(rates) == ["train/lr/1_vision", "train/lr/2_expert"]
+    assert rates["train/lr/1_vision"] == pytest.approx(0.1 * rates["train/lr/2_expert"])
+    assert event["train/lr"] == pytest.approx(rates["train/lr/2_expert"]), "the rate that the recipe says"
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(recipe: Recipe, tmp_path: Path) -> None:

@@ -70,10 +70,18 @@ def refuse_address(reference: str) -> None:
     scheme, mark, rest = reference.partition("://")
     if not mark or scheme not in ("gs", "s3", "http", "https", "hf"):
         return
-    match = re.match(r"(?:https?://(?:www\.)?(?:huggingface|hf)\.co/|hf://)([\w.-]+/[\w.-]+)", reference)
-    if match:
+    kind = r"(datasets/|spaces/|models/)?"
+    match = re.match(
+        rf"(?:https?://(?:www\.)?(?:huggingface|hf)\.co/|hf://){kind}([\w.-]+/[\w.-]+)", reference
+    )
+    if match and match[1] == "datasets/":
+        raise WeightsError(
+            f"{reference}: a dataset of the Hub, and no checkpoint; a recipe names it: "
+            f'data.cards = ["{match[2]}"]'
+        )
+    if match and match[1] != "spaces/":
         revision = re.search(r"/(?:tree|resolve|blob)/([\w.-]+)", rest)
-        name = match[1] + (f"@{revision[1]}" if revision and revision[1] != "main" else "")
+        name = match[2] + (f"@{revision[1]}" if revision and revision[1] != "main" else "")
         raise WeightsError(f"{reference}: name the repository of the Hub by its id: {name}")
     folder = rest.rstrip("/").rpartition("/")[2] or "checkpoint"
     way = {

@@ -67,46 +67,52 @@ class Tokenizer:
         write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
+WHOLE = "tokenizer.json"
+"""The file of the tokenizers library."""
+
+
 def load(folder: Path | str) -> Tokenizer:
     """Load the tokenizer in `folder`, or the tokenizer.json or SentencePiece `.model` file that it is.
 
-    A tokenizer.json without a config beside it names its own special tokens: <pad>, <bos> and <eos>.
+    A tokenizer.json without a config beside it names its own special tokens: <pad>, <bos> and <eos>. So does
+    one of another name, because a config beside it need not be its own.
     Raises CodecError where there is none, or it is damaged.
     """
-    folder = Path(folder)
+    folder, name = Path(folder), WHOLE
     if folder.suffix == ".model" and folder.is_file():
         limits.require_small(folder)
         backend, ids = sentencepiece.read(folder)
         return Tokenizer(backend, ids.pad or 0, ids.bos, ids.eos)
     if folder.is_file():
-        if folder.name != "tokenizer.json":
+        if folder.suffix != ".json":
             raise CodecError(
                 f"{folder}: is not a tokenizer; give its folder, tokenizer.json, or SentencePiece's .model"
             )
-        folder = folder.parent
+        folder, name = folder.parent, folder.name
     if not folder.is_dir():
         kind = irregular(folder)
         fault = f"not a regular file but {kind}" if kind else "no such tokenizer folder"
         raise CodecError(f"{folder}: {fault}")
     require_regular_files(folder, (".json", ".model", ".txt"))
     limits.require_small_files(folder)
-    if not (folder / "tokenizer.json").is_file():
+    path = folder / name
+    if not path.is_file():
         return _through_transformers(folder)
     try:
-        text = plain_text(folder / "tokenizer.json")
-        limits.require_bounded(parse_json(text), folder / "tokenizer.json")
+        text = plain_text(path)
+        limits.require_bounded(parse_json(text), path)
         backend = tokenizers.Tokenizer.from_str(text)
         config: dict[str, object] = {}
-        listed = ("special_tokens_map.json", "tokenizer_config.json")
+        listed = ("special_tokens_map.json", "tokenizer_config.json") if name == WHOLE else ()
         if not any((folder / name).is_file() for name in listed):
             config = _named_special_tokens(backend)
-        for name in listed:
-            if (folder / name).is_file():
-                config |= parse_json(plain_text(folder / name))
+        for other in listed:
+            if (folder / other).is_file():
+                config |= parse_json(plain_text(folder / other))
     except CodecError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception on malformed files
-        raise CodecError(f"{folder}: not a readable tokenizer: {error}") from error
+        raise CodecError(f"{folder if name == WHOLE else path}: not a readable tokenizer: {error}") from error
 
     def special(name: str) -> int | None:
         token = config.get(name)

@@ -31,7 +31,7 @@ OUTCOMES = {True: ("success", "good"), False: ("failure", "bad"), None: ("error"
 LOSS = "smoothed; band: 80 % of the batches logged around each step"
 CHARTS = {  # metric -> title, unit, whether to smooth it
     "validation/action_error": ("Action error", "mean absolute, normalised units, held-out episodes", False),
-    "train/lr": ("Learning rate", "of the first group of parameters", False),
+    "train/lr": ("Learning rate", "of rules without a factor of their own", False),
     "train/grad_norm": ("Gradient norm", "before clipping", True),
     "train/samples_per_s": ("Throughput", "samples per second", True),
     "train/tokens_per_s": ("Tokens", "per second, padding included", True),

@@ -340,7 +340,8 @@ def _open_set(where: str, recipe: DataRecipe, cards: tuple[str, ...], data: Data
             raise EmbodimentError(f"{where}: {error}") from error
         if fault := different(card, part.cards[0], "the training data"):
             raise ConfigError(
-                f"{where}: card {card.name!r}: {fault}; its loss would be measured on different actions"
+                f"{where}: card {card.name!r}: {fault}; its loss would be measured on different actions. "
+                "Correct the card that is wrong, or remove the set"
             )
         yield store
 

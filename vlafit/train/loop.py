@@ -36,6 +36,7 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+    """Of rules without a factor of their own."""
     seconds: float
     data_seconds: float
     stop: bool
@@ -86,7 +87,8 @@ def train(
                 f"step {step + 1}: every action of the batch is masked, so there is nothing to learn from"
             )
         warm = rewarm(step - began_at, state.warmup_steps)
-        begin_step(optimizer, step, warm * schedule(step, recipe.steps, optim, gone))
+        factor = warm * schedule(step, recipe.steps, optim, gone)
+        begin_step(optimizer, step, factor)
         sums = _backward(state, micro_batches, rngs, counts, recipe, step, world)
         totals = dict(zip(terms, sum_over_processes(sums).tolist(), strict=True))
         loss = mean_loss(terms, totals, counts)
@@ -108,7 +110,7 @@ def train(
             state.ema.update()
             if ranks is not None:
                 ranks.prune(state.ema.average)
-        lr = optimizer.param_groups[0]["lr"]
+        lr = optim.lr * factor
         ended = time.perf_counter()
         means = {name: totals[name] / counts[name] for name in terms if counts[name] and len(terms) > 1}
         shapes = tuple(part for _, batch in micro_batches for part in BatchShape.parts_of(batch))
