@@ -25,7 +25,7 @@ def test_a_large_policy_is_compared_with_the_free_ram_of_a_cpu(
     recipe = tiny(card, train={"steps": 1, "save_every": 0, "validate_every": 0})
     assert not fit.is_large(recipe)
     monkeypatch.setattr(fit, "LARGE", 1000)  # bytes, as if this were a large one
-    monkeypatch.setattr(fit, "free_bytes", lambda: 800 * 10**6)  # what a program takes itself
+    monkeypatch.setattr(fit, "free_bytes", lambda: 4 * 10**5)
     with pytest.raises(ConfigError, match=r"does not fit the free RAM: forecast .*--train\.memory ignore"):
         run(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.toml").exists()

@@ -22,13 +22,15 @@ from vlafit.train.data import open_data
 from vlafit.train.fit import close, fit, workload_of
 from vlafit.train.forecast import QUANTISED_BITS, Workload, forecast, full_batch
 from vlafit.train.frozen import narrow_names
+from vlafit.train.less_memory import BF16, Change, changes, require_fit
 from vlafit.train.live_bytes import LiveBytes
 from vlafit.train.memory_ladder import (
     Rung,
     first_that_fits,
     forecaster,
+    gb,
     parse_memory,
-    require_fit,
+    room_for,
     rungs,
     smallest,
 )
@@ -343,11 +345,48 @@ def test_what_does_not_fit_is_refused_with_the_rung_that_does() -> None:
     assert first_that_fits(every, of, between) == every[1]
     assert first_that_fits(every, of, (need[3] * 1.06 + 800e6) / 1e9) == every[3]
     with pytest.raises(ConfigError) as raised:
-        require_fit(every[0], every, of, between, "the GPU")
+        require_fit(every[0], of, [Change("", every, of)], between, "the GPU", on_cpu=False)
     for fact in ("--train.recompute full", "--optim.states fp32", "--train.memory ignore", "the GPU"):
         assert fact in str(raised.value)
-    with pytest.raises(ConfigError, match=r"--strategy expert or lora"):
-        require_fit(every[0], every, of, 0.8, "the GPU")
+    with pytest.raises(
+        ConfigError, match=r"no setting lowers it below the room: the least, .* smaller policy"
+    ):
+        require_fit(every[0], of, [Change("", every, of)], 0.8, "the GPU", on_cpu=False)
+
+
+def test_a_refusal_names_only_changes_that_fit_the_smallest_first() -> None:
+    config = {"vision.depth": 1, "language.depth": 1}
+    policy = build_family("pi0", "pi0-small", config, device="meta")
+    full, expert = load_strategy("full"), load_strategy("expert")
+    fp32 = Workload(1, precision="fp32", frozen="fp32", on_cpu=True)
+    narrow = replace(fp32, precision="bf16", frozen="bf16")
+
+    def refusal(strategy, room: int, workload: Workload = fp32) -> str:
+        of = forecaster(policy, strategy, workload)
+        with pytest.raises(ConfigError) as raised:
+            every = changes(policy, strategy, workload, Rung())
+            require_fit(Rung(), of, every, room * 1.0501e-9, "the free RAM", on_cpu=True)
+        return str(raised.value)
+
+    def lowest(strategy, workload: Workload) -> int:
+        of = forecaster(policy, strategy, workload)
+        return min(of(rung).total for rung in rungs(workload, strategy) if not rung.changes)
+
+    said = refusal(expert, lowest(expert, fp32))  # of its rungs the last one fits
+    assert said.index("this fits") < said.index("--optim.states 8bit") < said.index(BF16), said
+    said = refusal(expert, lowest(expert, fp32) - 10**5)
+    assert BF16 in said and "--strategy" not in said and "GPUs" not in said
+    in_bf16 = forecaster(policy, expert, narrow)(Rung()).total
+    assert f"with {gb(in_bf16)}: {BF16}" in refusal(expert, max(in_bf16, lowest(expert, fp32) - 10**5))
+    said = refusal(expert, 10**6)
+    assert "no setting lowers it" in said and "this fits" not in said and "--strategy expert" not in said
+    said = refusal(full, lowest(load_strategy("lora"), narrow), narrow)
+    assert "this fits" in said and "--strategy lora" in said and BF16 not in said
+
+
+def test_a_cpu_has_no_driver_and_small_figures_are_in_mb() -> None:
+    assert room_for(0.2, on_cpu=True) == int(0.2e9 / 1.05) and room_for(24) < room_for(24, on_cpu=True)
+    assert (gb(10**8), gb(99 * 10**6), gb(10**5)) == ("0.1 GB", "99.0 MB", "0.1 MB")
 
 
 @pytest.mark.slow
@@ -355,8 +394,8 @@ def test_a_run_picks_the_rung_that_fits_or_is_refused_before_it_loads(
     card: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     short = {"steps": 2, "save_every": 0, "validate_every": 0}
-    with pytest.raises(ConfigError, match=r"train\.memory = '0\.8GB'.*--train\.memory ignore"):
-        run(tiny(card, train=short | {"memory": "0.8GB"}), tmp_path / "small")
+    with pytest.raises(ConfigError, match=r"train\.memory = '0\.00001GB'.*--train\.memory ignore"):
+        run(tiny(card, train=short | {"memory": "0.00001GB"}), tmp_path / "small")
     assert not (tmp_path / "small" / "recipe.toml").exists()
     with caplog.at_level(logging.INFO):
         run(tiny(card, train=short | {"memory": "1GB", "recompute": "full"}), tmp_path / "run")

@@ -16,15 +16,14 @@ from vlafit.train.auto_batch import LARGEST, choose_rows, forecasts
 from vlafit.train.data import Data
 from vlafit.train.distributed import from_main
 from vlafit.train.forecast import Forecast, Workload
+from vlafit.train.less_memory import changes, require_fit
 from vlafit.train.memory_ladder import (
-    FRAGMENTED,
     IGNORE,
     Rung,
     first_that_fits,
     forecaster,
     gb,
     parse_memory,
-    require_fit,
     room_for,
     rungs,
 )
@@ -121,7 +120,7 @@ def fit(
     where = f"train.memory = {recipe.train.memory!r}" if asked is not None else own_memory
     if asked is not None:
         free = _free(recipe)
-        chosen = first_that_fits(rungs(workload, strategy, fixed=own, free=free), of, limit)
+        chosen = first_that_fits(rungs(workload, strategy, fixed=own, free=free), of, limit, on_cpu)
         if chosen is not None:
             for name in free:
                 closed = with_field(closed, OPEN[name], getattr(chosen, name))
@@ -130,7 +129,7 @@ def fit(
                 gb(of(chosen).total),
             )  # fmt: skip
             return Fit(closed, of(chosen))
-    require_fit(own, rungs(workload, strategy), of, limit, where)
+    require_fit(own, of, changes(policy, strategy, workload, own), limit, where, on_cpu=on_cpu)
     return Fit(closed, of(own))
 
 
@@ -162,7 +161,7 @@ def _with_batch(
     """Choose the batch, and what `train.memory` decides, for `limit` GB."""
     free_ram = on_cpu and not recipe.train.memory
     where = recipe.train.memory or ("the free RAM" if free_ram else "the GPU")
-    room = int(limit * 10**9 / FRAGMENTED) if free_ram else room_for(limit)
+    room = room_for(limit, on_cpu)
     closed = close(recipe)
     strategy, workload = load_strategy(recipe.strategy), workload_of(closed, policy, data, processes)
     own, free, workload = _own(closed), _free(recipe), replace(workload, on_cpu=on_cpu)
@@ -174,10 +173,10 @@ def _with_batch(
     of_rows = forecasts(policy, strategy, workload)
     chosen = choose_rows(of_rows, ladder, room, most)
     if chosen is None:
-        every = rungs(replace(workload, rows=1), strategy)
         where = f"{where} even with train.batch_size = {processes * own.micro_batches}"
-        of = forecaster(policy, strategy, replace(workload, rows=own.micro_batches))
-        require_fit(own, every, of, limit, where)
+        least = replace(workload, rows=own.micro_batches)
+        of = forecaster(policy, strategy, least)
+        require_fit(own, of, changes(policy, strategy, least, own), limit, where, on_cpu=on_cpu)
         raise AssertionError("choose_rows and require_fit disagree")
     rung, rows = chosen
     made = of_rows(rung, rows)

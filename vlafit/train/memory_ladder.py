@@ -72,9 +72,9 @@ class Rung:
 Forecaster = Callable[[Rung], Forecast]
 
 
-def room_for(gigabytes: float) -> int:
-    """Return the bytes of tensors that fit a card of so many GB (10^9 bytes)."""
-    return int((gigabytes * 10**9 - FIXED) / FRAGMENTED)
+def room_for(gigabytes: float, on_cpu: bool = False) -> int:
+    """Return the bytes of tensors that fit a card, or a CPU's memory, of so many GB (10^9 bytes)."""
+    return int((gigabytes * 10**9 - (0 if on_cpu else FIXED)) / FRAGMENTED)
 
 
 def parse_memory(text: str) -> float | None:
@@ -164,13 +164,15 @@ def _between(low: int, high: int, share: float) -> int:
     return round(low + share * (high - low))
 
 
-def first_that_fits(candidates: Sequence[Rung], of: Forecaster, gigabytes: float) -> Rung | None:
+def first_that_fits(
+    candidates: Sequence[Rung], of: Forecaster, gigabytes: float, on_cpu: bool = False
+) -> Rung | None:
     """Return the first rung whose forecast fits a card of so many GB; None if there is none.
 
     Of the rungs that change as much in how a run learns, those that recompute most are looked at first,
     because a forecast takes seconds.
     """
-    room = room_for(gigabytes)
+    room = room_for(gigabytes, on_cpu)
     for changes in sorted({rung.changes for rung in candidates}):
         alike = [rung for rung in candidates if rung.changes == changes]
         if any(of(rung).total <= room for rung in smallest(alike)):
@@ -184,26 +186,6 @@ def smallest(candidates: Sequence[Rung]) -> list[Rung]:
     return [rung for rung in candidates if SLOWER[rung.recompute] == most]
 
 
-def require_fit(rung: Rung, candidates: Sequence[Rung], of: Forecaster, gigabytes: float, where: str) -> None:
-    """Raise ConfigError if `rung` does not fit by the forecast, naming the first candidate that does."""
-    need = of(rung).total
-    if need <= room_for(gigabytes):
-        return
-    smaller = first_that_fits(candidates, of, gigabytes)
-    if smaller is not None:
-        remedy = f"this fits, by the forecast, with {gb(of(smaller).total)}: {smaller.options}"
-    else:
-        least = min(smallest(candidates), key=lambda one: of(one).total)
-        remedy = (
-            f"not even {least.options} does ({gb(of(least).total)}): train less (--strategy expert or lora), "
-            "or shard over several GPUs (--train.sharding full)"
-        )
-    raise ConfigError(
-        f"the run does not fit {where}: forecast {gb(need)}, room {gb(room_for(gigabytes))} of "
-        f"{gigabytes:.4g} GB; {remedy}. To start all the same: --train.memory {IGNORE}"
-    )
-
-
 def gb(number: int) -> str:
-    """Return bytes as GB (10^9 bytes)."""
-    return f"{number / 1e9:.1f} GB"
+    """Return bytes as GB (10^9 bytes), or below 0.1 GB as MB."""
+    return f"{number / 1e9:.1f} GB" if number >= 10**8 else f"{number / 1e6:.1f} MB"
