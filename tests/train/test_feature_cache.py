@@ -86,6 +86,7 @@ def test_the_size_is_named_before_training_and_is_at_least_that_of_the_files(
         run(cached(card, "memory", steps=1, validate_every=0), tmp_path / "run")
     (line,) = [line for line in caplog.messages if "at most" in line]
     assert "keys and values of the frozen prefix" in line and "free memory" in line
+    assert line in json.loads((tmp_path / "run" / "run.json").read_text())["notices"]  # which the CLI prints
     files = list(folder.rglob("*.safetensors"))
     assert len(files) > 40
     largest = max(path.stat().st_size for path in files)

@@ -217,6 +217,8 @@ def _train(
         experiment = replace(experiment, warnings=(*experiment.warnings, *changed))
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
     cached = require_cache(experiment, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if cached:  # a line that the user sees before the cache is filled
+        experiment = replace(experiment, warnings=(*experiment.warnings, cached))
     if main:
         if cached:
             log.info("%s", cached)
