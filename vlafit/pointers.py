@@ -18,6 +18,7 @@ WHOLE = (
 """Files and folders that lie in a checkpoint, and not in a run."""
 OFT_ADAPTERS = "lora_adapter"
 """The folder of adapters in a run of OpenVLA-OFT; where they are merged, the run is a checkpoint itself."""
+RECIPE = "recipe.toml"
 OF_A_RUN = ("run.json", "plan.json", "agreement.json", "metrics.jsonl", "checkpoints")
 """Files and folders beside recipe.toml in a run."""
 SAVED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
@@ -50,11 +51,7 @@ def in_run(path: Path) -> Path | None:
     if _is_whole(path / OFT_ADAPTERS):
         return path / OFT_ADAPTERS
     found = _of_another_program(path) if path.is_dir() else None
-    if (
-        found is None
-        and (path / "recipe.toml").is_file()
-        and any((path / mark).exists() for mark in OF_A_RUN)
-    ):
+    if found is None and _is_begun(path):
         raise _without_checkpoint(path)
     return found
 
@@ -93,8 +90,16 @@ def _of_another_program(run: Path) -> Path | None:
     return None
 
 
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder is that of a run, of which recipe.toml is the first file."""
+    if not (folder / RECIPE).is_file():
+        return False
+    shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return shown == {RECIPE} or not shown.isdisjoint(OF_A_RUN)
+
+
 def _without_checkpoint(run: Path) -> ConfigError:
-    again = command_line("train", run / "recipe.toml", "--out", run, "--resume")
+    again = command_line("train", run / RECIPE, "--out", run, "--resume")
     return ConfigError(
         f"{run} is a run that has no checkpoint yet: it ended before its first one, or they were deleted. Go "
         f"on with: {again}"
@@ -111,7 +116,7 @@ def _follow(pointer: Path) -> Path:
         raise ConfigError(f"{pointer}: damaged ({brief(error)}); name the checkpoint's own folder") from error
     if not (folder / "policy.json").is_file():
         run = pointer.parent.parent
-        if (run / "recipe.toml").is_file() and not any(pointer.parent.glob("step_*/policy.json")):
+        if (run / RECIPE).is_file() and not any(pointer.parent.glob("step_*/policy.json")):
             raise _without_checkpoint(run)
         raise ConfigError(f"{pointer} points to {folder}, which is no checkpoint; name another one")
     return folder

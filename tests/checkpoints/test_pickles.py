@@ -194,6 +194,14 @@ def test_other_compressions_are_refused_in_our_words(tmp_path: Path, method: int
         convert(file, tmp_path / "w.safetensors")
 
 
+def test_a_zip_without_a_pickle_is_refused_in_our_words(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("w/data/0", b"1234")
+    with pytest.raises(WeightsError, match=r"w\.pt: a zip archive without data\.pkl") as caught:
+        convert(tmp_path / "w.pt", tmp_path / "w.safetensors")
+    assert "miniz" not in str(caught.value) and not (tmp_path / "w.safetensors").exists()
+
+
 def test_an_older_pickle_that_is_refused_shows_no_advice_of_torch(tmp_path: Path):
     (tmp_path / "w.bin").write_bytes(b"\x80\x02cbuiltins\neval\nX\x01\0\0\x001\x85R.")
     with warnings.catch_warnings(), pytest.raises(WeightsError):

@@ -10,7 +10,7 @@ from tests.policies.tiny import random_policy
 from vlafit import checkpoints, pointers
 from vlafit.cli.places import checkpoint_folder
 from vlafit.datasets import load_card
-from vlafit.errors import ConfigError, WeightsError
+from vlafit.errors import ConfigError, VlafitError, WeightsError
 
 LEROBOT = Path(__file__).parents[1] / "fixtures" / "lerobot_smolvla"
 OPENPI = Path(__file__).parents[1] / "fixtures" / "openpi_jax" / "ckpt_training"
@@ -88,15 +88,17 @@ def test_a_checkpoint_that_its_run_deletes_is_told_from_a_foreign_one(tmp_path: 
     user_has="a run that was killed before its first checkpoint, or whose checkpoints were deleted",
     now="an error that says so, with the command that goes on",
 )
-@pytest.mark.parametrize("held", [("plan.json", "agreement.json"), ("run.json",), ("checkpoints/last.json",)])
+@pytest.mark.parametrize(
+    "held", [("plan.json", "agreement.json"), ("run.json",), ("checkpoints/last.json",), ()]
+)
 def test_a_run_without_a_checkpoint_is_named_as_one(tmp_path: Path, held: tuple[str, ...]):
     run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
     for name in ("recipe.toml", *held):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text('{"path": "step_000004"}' if name.endswith("last.json") else "")
-    for find in (lambda: checkpoint_folder(str(run), foreign=True), lambda: checkpoints.place(run)):
-        with pytest.raises(ConfigError, match=rf"{run}.*no checkpoint.*--out {run} --resume"):
-            find()
+    for ask in (lambda p: checkpoint_folder(str(p), foreign=True), checkpoints.place, checkpoints.inspect):
+        with pytest.raises(VlafitError, match=rf"^{run}.*no checkpoint.*--out {run} --resume"):
+            ask(run)
 
 
 def test_a_checkpoint_is_never_taken_for_a_run(tmp_path: Path):
@@ -120,6 +122,7 @@ ADDRESSES = [
     ("https://huggingface.co/lerobot/pi0_base/tree/v1.2", ["by its id: lerobot/pi0_base@v1.2"]),
     ("hf://lerobot/pi0_base", ["by its id: lerobot/pi0_base"]),
     ("https://huggingface.co/datasets/lerobot/pusht", ["dataset", "data.cards", '["lerobot/pusht"]']),
+    ("https://huggingface.co/lerobot/pi0_base/tree/main?not-for-all=1", ["by its id: lerobot/pi0_base"]),
     ("hf://datasets/lerobot/pusht/blob/main/README.md", ["dataset", '["lerobot/pusht"]']),
     ("https://huggingface.co/spaces/lab/demo", ["download its files"]),
     ("https://example.org/weights", ["download its files", "weights"]),

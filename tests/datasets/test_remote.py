@@ -316,6 +316,9 @@ def test_storage_that_drops_the_list_of_its_files_is_asked_again(bucket: Bucket)
     [
         ("file:///data/set", "its path"),
         ("ftp://host/set", "rclone"),
+        ("https://huggingface.co/datasets/lerobot/pusht", "by its id: lerobot/pusht$"),
+        ("https://huggingface.co/datasets/lerobot/pusht/tree/main?x=1", "by its id: lerobot/pusht$"),
+        ("https://hf.co/datasets/lerobot/pusht/blob/v3.0/meta/info.json", "by its id: lerobot/pusht@v3.0$"),
         ("hf://models/org/name", "hf://datasets/ORG/NAME"),
     ],
 )

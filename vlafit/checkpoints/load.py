@@ -382,6 +382,8 @@ def _located(path: str | Path) -> Place:
         return place(path)
     except ConfigError as error:
         reason = str(error)
+    if reason.startswith((f"{path}: ", f"{path} ")):  # it says itself what is there
+        raise WeightsError(reason)
     raise WeightsError(f"{path}: there is no such checkpoint ({reason})")
 
 

@@ -166,6 +166,11 @@ def _records(source: Path) -> list[zipfile.ZipInfo] | None:
         twice = [name for name, count in Counter(r.filename for r in records).items() if count > 1]
         if twice:
             raise WeightsError(f"{source}: holds {twice[0]} twice, so which numbers are meant is not known")
+        if not any(f"/{record.filename}".endswith("/data.pkl") for record in records):
+            raise WeightsError(
+                f"{source}: a zip archive without data.pkl, so not one that torch.save wrote; fetch the file "
+                "again, or name the file of weights inside it"
+            )
         damaged = archive.testzip()
     if damaged is not None:
         raise WeightsError(

@@ -29,6 +29,10 @@ STORAGE = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "
 HUB, WEB = "hf", ("https", "http")
 URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<rest>.+)", re.DOTALL)
 HUB_PATH = re.compile(r"datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<below>.+))?")
+HUB_PAGE = re.compile(
+    r"(?:www\.)?(?:huggingface|hf)\.co/datasets/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob)/(?P<revision>[\w.-]+).*)?"
+)
 WILD = re.compile(r"[*?\[]")
 
 
@@ -119,6 +123,13 @@ def _split(url: str) -> tuple[str, str]:
     match = URL.fullmatch(url)
     assert match is not None
     scheme, rest = match["scheme"].lower(), match["rest"].rstrip("/")
+    page = HUB_PAGE.fullmatch(rest.partition("?")[0]) if scheme in WEB else None
+    if page is not None:
+        revision = page["revision"] if page["revision"] not in (None, "main") else ""
+        raise ConfigError(
+            f"{url.partition('?')[0]}: a page of the Hub; name the dataset by its id: "
+            f"{page['repo']}{f'@{revision}' if revision else ''}"
+        )
     user, at, _ = rest.partition("/")[0].rpartition("@")
     if ":" in user or (scheme in WEB and (at or "?" in rest)):
         raise ConfigError(
