@@ -282,6 +282,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "mt50": lambda: mt50(RESULTS / "metaworld-mt50"),
     "libero": lambda: libero_tables.by_task(RESULTS, libero_tables.KNOWN),
     "libero-unseen": lambda: libero_tables.by_task(RESULTS, libero_tables.UNSEEN),
+    "libero-unseen-arms": lambda: libero_tables.unseen(RESULTS),
     "libero-expert": libero_expert,
     "latency": latency,
     "evaluation-speed": evaluation_speed,
