@@ -206,7 +206,9 @@ def require_same(first: Embodiment, first_is: str, second: Embodiment, second_is
         raise EmbodimentError(
             f"{first_is} (here: embodiment {first.name!r}) does not fit {second_is} "
             f"(there: {second.name!r}):\n  {listed}\n"
-            "Declare the same robot on both sides, or choose data, checkpoint and protocol that fit."
+            "Correct the side that describes its robot wrongly (labels, units, control mode and rate count "
+            "only where both state them). If the robots do differ, choose data, checkpoint and protocol of "
+            "one, or train on the new robot's data, where [adapt] maps cameras and accepts what is meant."
         )
 
 
