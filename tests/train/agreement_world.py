@@ -5,6 +5,7 @@ std 1 for states, mean 0.5 and std 2 for actions, without a range, so that no fl
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,21 @@ def write_card(
     return folder / "joints.toml"
 
 
+def codec_config(cameras: tuple[str, ...], normalisation: Any, relative: Any, prompt: Any) -> CodecConfig:
+    """The config of a codec for CONFIG."""
+    return CodecConfig(
+        cameras=cameras,
+        image_size=CONFIG.vision.image_size,
+        state_dim=CONFIG.state_dim,
+        action_dim=CONFIG.action_dim,
+        chunk=CONFIG.chunk,
+        normalisation=normalisation,
+        relative=relative,
+        prompt=prompt,
+        max_tokens=CONFIG.max_tokens,
+    )
+
+
 def write_checkpoint(
     folder: Path,
     *,
@@ -104,17 +120,7 @@ def write_checkpoint(
         control="joint_position",
         renderer="ray",
     )
-    config = CodecConfig(
-        cameras=cameras,
-        image_size=CONFIG.vision.image_size,
-        state_dim=CONFIG.state_dim,
-        action_dim=CONFIG.action_dim,
-        chunk=CONFIG.chunk,
-        normalisation=normalisation,
-        relative=relative,
-        prompt=prompt,
-        max_tokens=CONFIG.max_tokens,
-    )
+    config = codec_config(cameras, normalisation, relative, prompt)
     ones = np.ones(dimensions)
     values = {
         "state": Statistics(9, 0 * ones, ones, **statistics),
@@ -154,3 +160,17 @@ def start(recipe: Recipe) -> InitialPolicy:
     """Begin a run as far as policy, codec and agreement."""
     frozen = FrozenWeights(load_strategy(recipe.strategy), wanted=False)
     return initialise(recipe, open_data(recipe.data, recipe.train.seed), frozen)
+
+
+def edited(text: str, *changes: tuple[str, str]) -> str:
+    """Return a card with each first text replaced by the second, at once."""
+    table = dict(changes)
+    assert all(text.count(before) for before in table)
+    return re.sub("|".join(map(re.escape, table)), lambda match: table[match[0]], text)
+
+
+def card_beside(card: Path, name: str, *changes: tuple[str, str]) -> Path:
+    """Write another card beside a card, of the same files, with `changes`."""
+    made = card.with_name(f"{name}.toml")
+    made.write_text(edited(card.read_text(), ('name = "joints"', f'name = "{name}"'), *changes))
+    return made

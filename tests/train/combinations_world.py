@@ -12,10 +12,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from tests.train.agreement_world import CONFIG
+from tests.train.agreement_world import codec_config
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, Item
-from vlafit.codec import Codec, CodecConfig, Statistics, train_word_tokenizer
+from vlafit.codec import Codec, Statistics, train_word_tokenizer
 from vlafit.nn.policy import Policy
 from vlafit.types import Embodiment, Feature
 
@@ -106,17 +106,7 @@ def write_checkpoint(
     state = Feature("state", (3,), unit, labels)
     views = tuple(Feature(name, (16, 16, 3)) for name in cameras if name)
     robot = Embodiment("arm", views, state, replace(state, name="action"), 10.0, "joint_position")
-    config = CodecConfig(
-        cameras=cameras,
-        image_size=CONFIG.vision.image_size,
-        state_dim=CONFIG.state_dim,
-        action_dim=CONFIG.action_dim,
-        chunk=CONFIG.chunk,
-        normalisation=normalisation,
-        relative=relative,
-        prompt=prompt,
-        max_tokens=CONFIG.max_tokens,
-    )
+    config = codec_config(cameras, normalisation, relative, prompt)
     numbers = (("state", mean, (2, 1, 0.5)), ("action", (0, 1, -1), (1, 2, 4)))
     statistics = {
         name: Statistics(

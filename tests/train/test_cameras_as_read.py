@@ -9,7 +9,7 @@ import h5py
 import pytest
 import torch
 
-from tests.train.agreement_world import EPISODES, recipe_of, start, write_card, write_checkpoint
+from tests.train.agreement_world import EPISODES, edited, recipe_of, start, write_card, write_checkpoint
 from vlafit import cli, config, load_actor
 from vlafit.agreement import Item
 from vlafit.datasets import load_card, open_dataset
@@ -44,13 +44,6 @@ def trained(card: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recip
     recipe, out = recipe_of(card, None, {}), tmp_path_factory.mktemp("trained") / "run"
     assert run(recipe, out).finished
     return recipe, out
-
-
-def edited(text: str, *changes: tuple[str, str]) -> str:
-    """Return a card with each first text replaced by the second, at once."""
-    table = dict(changes)
-    assert all(text.count(before) for before in table)
-    return re.sub("|".join(map(re.escape, table)), lambda match: table[match[0]], text)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import h5py
 import pytest
 import torch
 
-from tests.train.agreement_world import recipe_of, start, write_card, write_checkpoint
+from tests.train.agreement_world import card_beside, edited, recipe_of, start, write_card, write_checkpoint
 from vlafit import checkpoints, cli
 from vlafit.agreement import Agreement, Learned, values
 from vlafit.checkpoints import model_card
@@ -37,16 +37,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card.write_text(text.replace(*SCALED).replace('name = "joints"', 'name = "other"', 1))
     assert text != card.read_text()
     return card
-
-
-def relabelled(card: Path, name: str, *edits: tuple[str, str]) -> Path:
-    """Write another card beside a card, of the same files."""
-    text = card.read_text().replace('name = "joints"', f'name = "{name}"', 1)
-    for before, after in edits:
-        assert before in text
-        text = text.replace(before, after)
-    card.with_name(f"{name}.toml").write_text(text)
-    return card.with_name(f"{name}.toml")
 
 
 @pytest.mark.case(
@@ -119,7 +109,8 @@ def test_cards_of_one_robot_that_read_otherwise_are_refused_unless_the_recipe_sa
     plain: Path, other: Path, tmp_path: Path
 ):
     base = write_checkpoint(tmp_path / "base")  # without an agreement: it does not say
-    turned = relabelled(other, "turned", ("[[robot.cameras]]", "[[robot.cameras]]\nrotate = 180"))
+    turned = other.with_name("turned.toml")
+    turned.write_text(edited(other.read_text(), ("[[robot.cameras]]", "[[robot.cameras]]\nrotate = 180")))
     outside = {"outside": ("action.a",)}
     for checkpoint in (None, base):
         recipe = recipe_of(plain, checkpoint, outside)
@@ -141,7 +132,7 @@ def test_columns_in_another_order_without_names_are_refused_in_mixtures_and_vali
     keys, swapped = '"actions"], dim', '"actions[:, 1]", "actions[:, 0]"], dim'
     card = write_card(tmp_path / "data", labels="[]")
     other = write_card(tmp_path / "other", labels="[]", scale=1.01)
-    other = relabelled(other, "other", (keys, swapped))
+    other = card_beside(other, "other", (keys, swapped))
     mixed = recipe_of(card, None, {})
     mixed = replace(mixed, data=replace(mixed.data, cards=(str(card), str(other))))
     for recipe in (mixed, recipe_of(card, None, {}, validation_sets={"late": str(other)})):

@@ -16,7 +16,7 @@ from tests.checkpoints.test_groot_processors import folder as folder  # a fixtur
 from tests.checkpoints.test_groot_write import fitted
 from tests.checkpoints.test_lerobot import FIXTURE
 from tests.checkpoints.test_openvla import FRONT, PLAIN, write_plain
-from tests.train.agreement_world import recipe_of, start, write_card
+from tests.train.agreement_world import edited, recipe_of, start, write_card
 from tests.train.world import PROTOCOL
 from vlafit import checkpoints, cli, config, files
 from vlafit.agreement import Agreement, Item, Learned, values
@@ -45,11 +45,7 @@ def with_sign(card: Path, *, turned: bool = True, **changes: tuple[str, str]) ->
     """The card with the sign of the training data, their frames if `turned`, and other texts."""
     made = card.with_name("other.toml")
     pairs = [SCALED, *changes.values()] + [('"obs/front"', '"obs/front"\nrotate = 180')] * turned
-    text = card.read_text()
-    for old, new in pairs:
-        assert old in text
-        text = text.replace(old, new)
-    made.write_text(text)
+    made.write_text(edited(card.read_text(), *pairs))
     return made
 
 

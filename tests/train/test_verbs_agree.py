@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.agreement_world import EPISODES, STEPS, recipe_of, start, write_card
+from tests.train.agreement_world import EPISODES, STEPS, card_beside, recipe_of, start, write_card
 from tests.variants import variants
 from vlafit import checkpoints, cli, config, load_actor
 from vlafit.agreement import Learned, protocol_items
@@ -53,20 +53,6 @@ def write(folder: Path, *, late: float = 0.0, **texts: object) -> Path:
     second = text.rindex(FRONT)
     card.write_text(text[:second] + text[second:].replace(FRONT, BACK))
     return card
-
-
-def edited(card: Path, name: str, *pairs: tuple[str, str]) -> Path:
-    """Write another card beside a card, of the same files, each first text replaced by the second at once."""
-    text, marks = card.read_text().replace('name = "joints"', f'name = "{name}"', 1), []
-    for number, (before, after) in enumerate(pairs):
-        assert before in text, before
-        text = text.replace(before, f"\0{number}\0")
-        marks.append((f"\0{number}\0", after))
-    for mark, after in marks:
-        text = text.replace(mark, after)
-    made = card.with_name(f"{name}.toml")
-    made.write_text(text)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +144,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Command:
 
 def other_card(item: str, late: Path) -> Path:
     name = item.replace(" ", "_").replace("'", "")
-    return edited(late, name, *ITEMS[item][0])
+    return card_beside(late, name, *ITEMS[item][0])
 
 
 def require_said(item: str, said: str, options: Sequence[str]) -> None:
@@ -191,7 +177,7 @@ def test_training_refuses_it(place: str, item: str, card: Path, late: Path, lear
 
 def test_all_that_differs_is_one_error(late: Path, learned: Path):
     some = ("rate", "a sign", "turned frames", "a factor of states")
-    other = edited(late, "all", *(pair for item in some for pair in ITEMS[item][0]))
+    other = card_beside(late, "all", *(pair for item in some for pair in ITEMS[item][0]))
     with pytest.raises(VlafitError) as error:
         start(recipe_of(other, learned, {}))
     for item in some:
