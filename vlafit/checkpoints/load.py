@@ -14,13 +14,12 @@ from vlafit.checkpoints.assign import (
     compare,
     fit,
     raise_mismatch,
-    replace_parameter,
-    stored_as,
 )
 from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.native import read as native
+from vlafit.checkpoints.fresh import draw_fresh
 from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.infer import infer_config
 from vlafit.checkpoints.load_report import make_report
@@ -31,9 +30,8 @@ from vlafit.checkpoints.resize import bare_policy, draw_embodiments, selected, s
 from vlafit.codec import CodecSet
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError
-from vlafit.nn.construct import require_numbers, unfilled
+from vlafit.nn.construct import require_numbers
 from vlafit.nn.policy import Policy, Source
-from vlafit.policies import family
 
 Narrow = Callable[[Policy, Mapping[str, torch.Tensor], bool], Collection[str]]
 
@@ -140,7 +138,7 @@ def load_all(
     beside.require_current(found, hash_weights=options.hash_weights)
     opened = open_checkpoint(where.path, options, format)
     sized, policy = bare_policy(opened, options)
-    draw = _draw_fresh(policy, opened.family, sized.fresh, options.dtype, device, generator)
+    draw = draw_fresh(policy, opened.family, sized.fresh, options.dtype, device, generator)
     tensors = opened.tensors
     fit(
         policy,
@@ -399,28 +397,3 @@ def _require_device(device: str | torch.device) -> None:
         raise WeightsError(f"device {device!r} cannot be used here: {reason}") from error
     if not usable:
         raise WeightsError("device 'meta' holds no numbers; to look only at headers: checkpoints.inspect")
-
-
-def _draw_fresh(
-    policy: Policy,
-    family_name: str,
-    fresh: Sequence[str],
-    dtype: Dtype,
-    device: str | torch.device,
-    generator: torch.Generator | None,
-) -> list[str]:
-    """Draw the parameters named by `fresh` on the CPU, move them to `device`, and return their names."""
-    names = selected(policy, fresh)
-    if not names:
-        return names
-    for info in policy.parts():
-        if info.name in names:
-            shape = policy.get_parameter(info.name).shape
-            bare = torch.full(shape, torch.nan, dtype=stored_as(info, DTYPES[dtype]))
-            replace_parameter(policy, info.name, bare)
-    family(family_name).init_weights(policy, generator or torch.Generator().manual_seed(0), names)
-    if empty := unfilled((name, policy.get_parameter(name)) for name in names):
-        raise ConfigError(f"policy family {family_name!r}: init_weights does not fill {', '.join(empty)}")
-    for name in names:
-        replace_parameter(policy, name, policy.get_parameter(name).detach().to(device))
-    return names
