@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import h5py
 import pytest
@@ -18,10 +17,8 @@ from vlafit.errors import EmbodimentError, TrainingError
 from vlafit.offline.contract import Confirmed, adaptations, compare_readings
 from vlafit.recipe import Recipe
 from vlafit.train import run
-from vlafit.train.data import open_data, open_validation_sets, require_cameras
 from vlafit.train.data_files import require_same_readings
 from vlafit.train.experiment import build
-from vlafit.train.reconcile import other_cards
 
 RIGHT = 'key = "obs/front"'
 
@@ -182,51 +179,6 @@ EXCHANGED = (('"obs/front"', '"obs/back"'), ('"obs/back"', '"obs/front"'))
 TURNED = ('key = "obs/front"', 'rotate = 180\nkey = "obs/front"')
 
 
-def test_exchanged_cameras_of_a_validation_set_are_refused_unless_confirmed(
-    card: Path, tmp_path: Path
-) -> None:
-    other = other_card(card, tmp_path / "other", *EXCHANGED)
-    base = write_checkpoint(tmp_path / "base", cameras=("front", "back"))
-
-    def require(checkpoint: Path | None, adapt: dict[str, Any], trained_on: Path = card) -> None:
-        recipe = recipe_of(trained_on, checkpoint, adapt, validation_sets={"old": str(other)})
-        data = open_data(recipe.data, recipe.train.seed)
-        require_cameras(recipe, open_validation_sets(recipe.data, data), data)
-
-    for checkpoint in (base, None):
-        with pytest.raises(
-            EmbodimentError,
-            match=r"data\.validation_sets\.old: card 'other': camera front reads obs/back(.|\n)*"
-            r'cameras = \{ front = "front", back = "back" \}',
-        ):
-            require(checkpoint, {})
-        require(checkpoint, {"cameras": {"front": "front", "back": "back"}})
-    same = other_card(card, tmp_path / "same", *EXCHANGED)
-    same.write_text(same.read_text().replace('"other"', '"same"'))
-    with h5py.File(tmp_path / "same" / "joints" / "reach_demo.hdf5", "a") as file:
-        for number in range(EPISODES):
-            for column in ("obs/at", "actions"):
-                file[f"data/demo_{number}/{column}"][:] *= 1.1  # type: ignore[index]
-    require(base, {}, same)  # the training card has the keys confirmed
-
-
-def test_a_mixture_with_exchanged_cameras_is_refused_unless_confirmed_with_or_without_a_checkpoint(
-    card: Path, tmp_path: Path
-) -> None:
-    other = other_card(card, tmp_path / "other", *EXCHANGED)
-    base = write_checkpoint(tmp_path / "base", cameras=("front", "back"))
-
-    def items(checkpoint: Path | None, cameras: dict[str, str]) -> list[Item]:
-        recipe = recipe_of(card, checkpoint, {"cameras": cameras})
-        return list(other_cards(recipe, [load_card(str(card)), load_card(str(other))]))
-
-    for checkpoint in (base, None):
-        found = items(checkpoint, {})
-        assert [item.status for item in found] == ["conflict", "conflict"]
-        assert all('cameras = { front = "front", back = "back" }' in item.fix for item in found)
-        assert not items(checkpoint, {"front": "front", "back": "back"})
-
-
 @pytest.mark.case(
     section="data",
     report="evaluation on recordings whose cameras are exchanged in the card",
@@ -254,8 +206,8 @@ def test_exchanged_cameras_are_refused_by_an_evaluation_unless_confirmed_or_lear
     assert "no camera 'top'" in capsys.readouterr().err
     assert cli.main(["eval", str(checkpoint), *words, "--confirm-cameras", "front", "back"]) == 0
     kept = json.loads((tmp_path / "out/result.json").read_text())["agreement"]
-    assert {i["name"]: i["reason"] for i in kept if i["name"].startswith("camera ")} == dict.fromkeys(
-        ("camera front", "camera back"), "--confirm-cameras"
+    assert {i["name"]: i["reason"] for i in kept if i["status"] == "chosen"} == dict.fromkeys(
+        ("key of camera front", "key of camera back"), "--confirm-cameras"
     )
 
 
@@ -275,7 +227,7 @@ def test_a_checkpoint_is_evaluated_on_cameras_that_it_learned_from_or_its_recipe
     recipe = recipe_of(card, None, {"cameras": {"slot": "back"}})
     (tmp_path / "recipe.toml").write_text(config.dump(recipe))
     items = compare_readings(actor, store, "it", adaptations(tmp_path))
-    assert [item.status for item in items if item.name.startswith("camera ")] == ["chosen", "chosen"]
+    assert [item.status for item in items if item.name.startswith("key of ")] == ["chosen", "chosen"]
 
 
 def test_a_validation_set_that_is_framed_otherwise_is_refused_unless_the_recipe_says_so(

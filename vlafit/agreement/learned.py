@@ -35,11 +35,6 @@ class Learned:
             f"its {FILE} has no such row: an older vlafit wrote it, or somebody deleted the row",
         )
 
-    @property
-    def camera_keys(self) -> set[str]:
-        """Sentences on cameras whose key has the name of another one."""
-        return {text for name, text in self.said.items() if "camera " in name}
-
     def to_json(self) -> dict[str, object]:
         """Return what `from_json` reads: what is said of how cards read frames and values, and no more."""
         said = {name: text for name, text in self.said.items() if _is_reading(name)}

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from vlafit.agreement import Consent, Item, Learned
-from vlafit.agreement.cameras import misnamed
 from vlafit.agreement.forms import describe_form
 from vlafit.datasets.card import CameraCard, Card
 from vlafit.datasets.card_texts import BETWEEN, of_each
@@ -94,25 +93,6 @@ def differing(cards: Sequence[Card], learned: str, sources: Mapping[str, str]) -
         for camera in card.robot.cameras
         if camera.name == source and turned(camera) not in [one.get(slot, "") for one in changes]
     ]
-
-
-def camera_keys(card: Card) -> dict[str, str]:
-    """Return where the files of a card have the frames of each camera."""
-    return {camera.name: camera.key for camera in card.robot.cameras}
-
-
-def exchanged_keys(card: Card, trained: Sequence[Card] = (), confirmed: Sequence[str] = ()) -> dict[str, str]:
-    """Return a sentence for each camera, by name, whose key has the name of another one of the card.
-
-    Cameras that a card of `trained` reads from the same key, or whose names are `confirmed`, have none.
-    """
-    keys = camera_keys(card)
-    known = {pair for other in trained for pair in camera_keys(other).items()}
-    return {
-        name: text
-        for name, key in keys.items()
-        if name not in confirmed and (name, key) not in known and (text := misnamed(name, keys))
-    }
 
 
 def reading(card: Card) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Compare an actor's robot, its data and its statistics with the dataset before anything is asked."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from vlafit.agreement import (
     same_actions,
 )
 from vlafit.codec import Codec
-from vlafit.datasets import EpisodeStore, column_order, conversions, framing, value_faults
+from vlafit.datasets import EpisodeStore, camera_keys, column_order, conversions, framing, value_faults
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.errors import EmbodimentError, quoted
 from vlafit.recipe import AdaptRecipe, Recipe
@@ -166,10 +167,9 @@ def compare_readings(
 def _cameras(
     store: EpisodeStore, learned: Learned, adapt: AdaptRecipe, confirmed: Sequence[str]
 ) -> Iterator[Item]:
-    """Yield the cameras of a dataset whose key has the name of another camera, and why each is right.
+    """Yield the keys of a dataset's cameras (see `camera_keys.items`).
 
-    It is if `confirmed` or `adapt.cameras` names it, or the policy learned from the same key. Raises
-    EmbodimentError for a `confirmed` that is no camera.
+    `confirmed` and `adapt.cameras` confirm them. Raises EmbodimentError for a `confirmed` that is no camera.
     """
     reasons = dict.fromkeys(confirmed, "--confirm-cameras")
     for camera in confirmed:
@@ -178,15 +178,12 @@ def _cameras(
         except EmbodimentError as error:
             raise EmbodimentError(f"--confirm-cameras {quoted(camera)}: {error}") from None
     reasons |= dict.fromkeys(adapt.cameras.values(), "adapt.cameras of the recipe")
-    exchanged = framing.exchanged_keys(store.card)
-    for camera, text in exchanged.items():
-        if text in learned.camera_keys:
-            reasons.setdefault(camera, "the checkpoint learned from the same key")
-    option = f"--confirm-cameras {' '.join(camera for camera in exchanged if camera not in reasons)}"
-    for camera, text in exchanged.items():
-        item = Item(f"camera {camera}", {"dataset": text}, "as it is", "chosen", reasons.get(camera, ""))
-        consent = Consent(option, option, item.reason, camera in reasons)
-        yield consent.to(item, "correct the card; if it is right, add {consent}")
+    yield from camera_keys.items([store.card], learned, reasons, _confirm_cameras)
+
+
+def _confirm_cameras(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    option = f"--confirm-cameras {' '.join(map(shlex.quote, names))}"
+    return f"add {option}", (option,)
 
 
 def _relative(store: EpisodeStore, mask: tuple[bool, ...] | None, learned: Learned, consent: Consent) -> Item:

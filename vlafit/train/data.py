@@ -13,17 +13,15 @@ from functools import cached_property
 from itertools import compress
 
 from vlafit import checkpoints
-from vlafit.agreement.camera_map import to_themselves
 from vlafit.datasets import Card, EpisodeStore, episodes_hash, load_card, open_dataset, split_episodes
 from vlafit.datasets.checks import check_declared
 from vlafit.datasets.content import content_of
-from vlafit.datasets.framing import exchanged_keys
 from vlafit.datasets.leaks import require_apart, require_once
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.datasets.relative import with_relative_matches
 from vlafit.datasets.vision_language import VisionLanguageSet, open_set
 from vlafit.errors import ConfigError, DataError, EmbodimentError, command_line, did_you_mean
-from vlafit.recipe import DataRecipe, Recipe
+from vlafit.recipe import DataRecipe
 from vlafit.train.data_names import require_named
 from vlafit.train.statistics_from import describing, different
 from vlafit.types import Embodiment, renderer_notice, require_same
@@ -353,24 +351,6 @@ def declared_warnings(data: Data) -> tuple[str, ...]:
         for store in data.stores
         for finding in check_declared(store)
     )
-
-
-def require_cameras(recipe: Recipe, sets: ValidationSets, data: Data) -> None:
-    """Raise EmbodimentError where a camera of a validation set reads a key that has the name of another one.
-
-    `adapt.cameras` confirms a key, and so does a training card.
-    """
-    found: dict[str, str] = {}
-    for name, stores in sets.items():
-        for store in stores:
-            where, embodiment = f"data.validation_sets.{name}: card {store.card.name!r}", data.name_of(store)
-            trained = data.of(embodiment).cards
-            confirmed = recipe.adapt.of(embodiment).cameras.values()
-            texts = exchanged_keys(store.card, trained, [*confirmed])
-            found |= {f"{where}: {text}": camera for camera, text in texts.items()}
-    if found:
-        confirm, _ = to_themselves([*dict.fromkeys(found.values())])
-        raise EmbodimentError("\n".join([*found, f"  fix: correct the card; if it is right: {confirm}"]))
 
 
 def renderer_warnings(sets: ValidationSets, data: Data) -> tuple[str, ...]:

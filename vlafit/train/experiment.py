@@ -32,7 +32,6 @@ from vlafit.train.data import (
     open_data,
     open_validation_sets,
     renderer_warnings,
-    require_cameras,
 )
 from vlafit.train.delays import train_with_delays
 from vlafit.train.episode_warnings import line_break_warnings, repeat_warnings, split_warnings
@@ -111,7 +110,6 @@ def build(
     sets = open_validation_sets(recipe.data, data)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         checksums.require_same([*data.stores, *chain.from_iterable(sets.values())])
-    require_cameras(recipe, sets, data)
     readings = validation_agreement.of_readings(sets, recipe, data)
     if resumed is None:
         validation_agreement.require(readings, "the training data")

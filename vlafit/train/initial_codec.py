@@ -189,14 +189,13 @@ def with_codec(
         recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions, declared, needs.vocabulary
     )
     layout = action_layout.items(needs.action_layout, codec, start)
-    whole = agreement.with_items([*reconcile.other_cards(recipe, part.cards), *items, *layout, *values])
+    whole = agreement.with_items([*reconcile.other_cards(part.cards), *items, *layout, *values])
     of_values = {item.name for item in values}
     only_values = all(item.name in of_values for item in whole.conflicts)
     if len(data.names) > 1:
         whole = whole.for_embodiment(embodiment)
-    if only_values or not recipe.policy.checkpoint:
-        whole.require("the dataset and the statistics in use")
-    whole.require(reconcile.sides(part.cards[0], recipe.policy.checkpoint))
+    both = "the dataset and the statistics in use"
+    whole.require(both if only_values else reconcile.sides(part.cards, recipe.policy.checkpoint))
     return whole
 
 

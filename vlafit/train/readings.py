@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, Consent, Item, Learned
+from vlafit.agreement.camera_map import to_themselves
 from vlafit.codec import Codec
-from vlafit.datasets import Card, column_order, conversions, framing
+from vlafit.datasets import Card, camera_keys, column_order, conversions, framing
 from vlafit.recipe import AdaptRecipe, Recipe
 
 
@@ -37,12 +38,13 @@ def frames(
 def items(
     recipe: Recipe, cards: Sequence[Card], learned: Learned | None, before: Codec | None
 ) -> Iterator[Item]:
-    """Yield from which columns states and actions are read, and how they are computed from the files.
+    """Yield from where cameras, states and actions are read, and how values are computed from the files.
 
     Beside them stand those that the checkpoint learned from, whose codec is `before`.
     """
     is_other_robot = recipe.adapt.robot and recipe.fits_statistics
     robot = before.embodiment if before is not None else None
+    yield from keys(recipe.adapt, cards, learned, by_name=False)
     yield from column_order.items(cards, learned, robot, may_differ=is_other_robot)
     consent = of_conversions(recipe.adapt)
     yield from conversions.items(cards, learned, consent, is_other_robot=is_other_robot)
@@ -63,6 +65,19 @@ def of_card(
     made += items(recipe, (card,), learned, codec)
     known = {item.name for item in agreement.items}
     return agreement.with_items([item for item in made if item.name not in known])
+
+
+def keys(
+    adapt: AdaptRecipe,
+    cards: Sequence[Card],
+    learned: Learned | None,
+    others: Sequence[Card] = (),
+    *,
+    by_name: bool = True,
+) -> Iterator[Item]:
+    """Yield the keys of the cameras (see `camera_keys.items`); a recipe's `adapt.cameras` confirms them."""
+    confirmed = dict.fromkeys(filter(None, adapt.cameras.values()), "adapt.cameras")
+    yield from camera_keys.items(cards, learned, confirmed, to_themselves, others, by_name=by_name)
 
 
 def of_frames(adapt: AdaptRecipe) -> Consent:

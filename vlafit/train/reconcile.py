@@ -6,12 +6,11 @@ from pathlib import Path
 
 from vlafit import checkpoints
 from vlafit.agreement import INVALID, Agreement, Forms, Item, Party, agree, join, propose, shared_slots
-from vlafit.agreement.camera_map import to_themselves
 from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.action_bins import BINS
 from vlafit.datasets import Card, value_faults
-from vlafit.datasets.framing import camera_keys, exchanged_keys
+from vlafit.datasets.camera_keys import keys_of
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
 from vlafit.nn.policy import Needs
@@ -24,7 +23,7 @@ from vlafit.train.tokenizer import SMALLEST_SHARE
 
 def dataset_party(card: Card) -> Party:
     """Return what a data card says."""
-    relative, keys = tuple(card.robot.relative), camera_keys(card)
+    relative, keys = tuple(card.robot.relative), keys_of(card)
     forms = Forms(card.robot.state.form, card.robot.action.form)
     return Party("dataset", card.name, card.embodiment, relative, keys=keys, forms=forms)
 
@@ -102,11 +101,10 @@ def agree_on(
     )
 
 
-def other_cards(recipe: Recipe, cards: Sequence[Card]) -> Iterator[Item]:
-    """Yield what further cards leave unsaid of the robot that the first describes, and their cameras' keys.
+def other_cards(cards: Sequence[Card]) -> Iterator[Item]:
+    """Yield what further cards leave unsaid of the robot that the first describes.
 
-    What cards say differently is refused when they are opened. A camera whose key has the name of another one
-    is a conflict, unless the first card has the same key or `adapt.cameras` names the camera.
+    What cards say differently is refused when they are opened.
     """
     first, *others = cards
     for card in others:
@@ -127,12 +125,6 @@ def other_cards(recipe: Recipe, cards: Sequence[Card]) -> Iterator[Item]:
                     reason = f"card {silent} does not say: taken to be the same"
                     sides = {"dataset": "; ".join(stated)}
                     yield Item(f"{column} {what} of {card.name}", sides, here or there, "assumed", reason)
-        exchanged = exchanged_keys(card, [first], [*recipe.adapt.cameras.values()])
-        confirm, accept = to_themselves([*exchanged])
-        for name, text in exchanged.items():
-            fix = f"correct the card; if it is right: {confirm}"
-            sides = {"dataset": text}
-            yield Item(f"camera {name} of {card.name}", sides, "", "conflict", fix=fix, accept=accept)
 
 
 def codecs_before(recipe: Recipe, data: Data, own: CodecSet | None, checkpoint: Path) -> dict[str, Codec]:
@@ -187,7 +179,7 @@ def agree_on_parts(
         if len(parts) > 1:
             agreement = agreement.for_embodiment(name)
         if recipe.policy.checkpoint:
-            agreement.require(sides(card, recipe.policy.checkpoint))
+            agreement.require(sides([card], recipe.policy.checkpoint))
         else:
             agreement.require()
         agreements[name] = agreement
@@ -240,7 +232,7 @@ def outlook(
     words = f"policy.tokenizer {given!r}" if given else tokenizer_of(owner)
     tokens = None if text is None else action_tokenizer.Origin(kept=True).item(text)
     items = [
-        *other_cards(recipe, data.cards),
+        *other_cards(data.cards),
         *codec_items(
             recipe,
             data,
@@ -276,9 +268,11 @@ def outside(recipe: Recipe, agreement: Agreement) -> tuple[str, ...]:
     return by_number(recipe.adapt.outside, named)
 
 
-def sides(card: Card, checkpoint: str) -> str:
-    """Return the two sides of an agreement, for the first line of an error."""
-    return f"card {card.name!r} and checkpoint {checkpoint!r}"
+def sides(cards: Sequence[Card], checkpoint: str) -> str:
+    """Return the sides of an agreement, for the first line of an error; `checkpoint` may be empty."""
+    names = ", ".join(repr(card.name) for card in cards)
+    other = f"checkpoint {checkpoint!r}" if checkpoint else "the recipe" if len(cards) == 1 else ""
+    return " and ".join(filter(None, (f"card{'s' * (len(cards) > 1)} {names}", other)))
 
 
 def codec_items(

@@ -41,6 +41,7 @@ def of_readings(sets: ValidationSets, recipe: Recipe, data: Data) -> dict[str, A
             trained, adapt = data.of(embodiment).cards, recipe.adapt.of(embodiment)
             made = [_frames(cards, trained, adapt), *_columns(cards, trained)]
             made += _conversions(cards, trained, adapt)
+            made += readings.keys(adapt, cards, None, trained)
             items += _named(made, f", {PART}{name}", embodiment, data)
         agreements[f"data.validation_sets.{name}"] = Agreement(tuple(items), (), ())
     if (other := data.described_by) is not None:
