@@ -201,6 +201,14 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object of unknown origin. Raises ValueError if it is invalid or another value."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds no JSON object but {type(value).__name__}")
+    return value
+
+
 def sha256_of_json(values: Mapping[str, Any]) -> str:
     """Return the SHA-256 of plain values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

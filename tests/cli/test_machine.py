@@ -15,17 +15,19 @@ from typing import Any
 import pytest
 
 from vlafit import config, files, load_actor
-from vlafit.checkpoints import inspect, load
+from vlafit.checkpoints import inspect, load, tensor_files
 from vlafit.checkpoints.formats.native.write import write_folder
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.cli import VERBS, main
 from vlafit.cli.console import surviving_streams
 from vlafit.cli.places import checkpoint_folder, checkpoint_stays
+from vlafit.codec import fast, tokenizer, train_word_tokenizer
 from vlafit.datasets import load_card
 from vlafit.errors import ConfigError, VlafitError, WeightsError, brief, command_line
 from vlafit.policies import build_family, families, family, override
 from vlafit.recipe import Recipe
 from vlafit.rollout.protocol import load_protocol
+from vlafit.tuning.plan import Plan
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NESTED = "[" * 100_000
@@ -53,6 +55,28 @@ def test_json_nested_too_deeply_is_one_sentence_everywhere(tmp_path: Path):
     (tmp_path / "m.jsonl").write_text(NESTED + "\n")
     with pytest.raises(VlafitError, match="line 1.*nested too deeply"):
         files.read_json_lines(tmp_path / "m.jsonl")
+
+
+@pytest.mark.parametrize("value", ["[1]", '"text"', "7", "null"])
+def test_json_that_is_no_object_is_named_as_what_it_is(value: str, tmp_path: Path):
+    kind = type(files.parse_json(value)).__name__
+    words = train_word_tokenizer(["reach out"], 300)
+    words.save(tmp_path / "words")
+    (tmp_path / "words" / "tokenizer_config.json").write_text(value)
+    (tmp_path / "words.json").write_text(value)
+    for name in (fast.FILE, fast.CONFIG):
+        (tmp_path / "fast").mkdir(exist_ok=True)
+        (tmp_path / "fast" / name).write_text(value)
+    (tmp_path / "model.safetensors.index.json").write_text(value)
+    for read in (
+        lambda: tokenizer.load(tmp_path / "words"),
+        lambda: tokenizer.load(tmp_path / "words.json"),
+        lambda: fast.load(tmp_path / "fast"),
+        lambda: tensor_files.weight_files(tmp_path),
+        lambda: Plan.from_json(value),
+    ):
+        with pytest.raises(VlafitError, match=f"it holds no JSON object but {kind}"):
+            read()
 
 
 def test_every_json_file_is_read_by_the_reader_that_survives_deep_nesting():

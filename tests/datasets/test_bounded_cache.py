@@ -16,6 +16,7 @@ import pytest
 from tests.waiting import wait_until
 from vlafit import locks
 from vlafit.datasets.bounded_cache import BoundedCache, _slot
+from vlafit.errors import DataError
 
 STAMP = (10, 10**9)
 
@@ -76,6 +77,63 @@ def test_room_is_never_made_by_deleting_locks(tmp_path: Path) -> None:
             tmp_path / "data" / str(number), STAMP, lambda partial: partial.write_bytes(b"x" * 10) and None
         )
     assert before.items() <= {path: path.stat().st_ino for path in (tmp_path / ".locks").iterdir()}.items()
+
+
+@pytest.mark.case(
+    section="machines",
+    report="a dataset read in place fails when several workers copy at once",
+    user_has="a `VLAFIT_CACHE_SIZE` that has no room for one file of each worker",
+    now="a worker waits for the copies of others to end; an error only where its file fits in no way",
+)
+def test_a_copy_waits_for_room_that_other_copies_take(tmp_path: Path) -> None:
+    fill(tmp_path)
+
+
+@pytest.mark.usefixtures("without_flock")
+def test_a_copy_waits_for_room_without_locks_of_the_file_system(tmp_path: Path) -> None:
+    fill(tmp_path)
+
+
+def fill(folder: Path) -> None:
+    waits, copying = threading.Event(), threading.Barrier(5)
+    slots = {_slot(path): path for path in (folder / "data" / str(number) for number in range(99))}
+    *paths, last = [*slots.values()][:5]  # whose locks are not the same
+
+    class Watched(BoundedCache):
+        def _make_room(self, path: Path, size: int) -> bool:
+            found = super()._make_room(path, size)
+            if not found:
+                waits.set()
+            return found
+
+    cache = Watched(folder, 45)
+
+    def copy(partial: Path) -> None:
+        partial.write_bytes(b"x" * 10)
+        copying.wait(10)  # four copies leave no room for the fifth
+        assert waits.wait(10)
+
+    with ThreadPoolExecutor(4) as pool:
+        first = [pool.submit(cache.get, path, STAMP, copy) for path in paths]
+        copying.wait(10)
+        assert cache.get(last, STAMP, lambda partial: partial.write_bytes(b"x" * 10) and None)
+        assert all(one.result(10) for one in first)
+    assert last.is_file() and cache.used() <= 40
+
+
+def test_a_file_that_fits_beside_no_copies_is_refused_at_once(tmp_path: Path) -> None:
+    one, two = (tmp_path / "data" / str(number) for number in (1, 2))
+    assert _slot(one) != _slot(two)
+    cache = BoundedCache(tmp_path, 45)
+
+    def copy(partial: Path) -> None:
+        with pytest.raises(DataError, match=r"has 46 bytes.*may hold 45 bytes.*VLAFIT_CACHE_SIZE to more"):
+            cache.get(two, (46, 10**9), lambda partial: None)
+        partial.write_bytes(b"x" * 10)
+
+    assert cache.get(one, STAMP, copy)
+    with pytest.raises(DataError, match="has 46 bytes"):
+        cache.get(two, (46, 10**9), lambda partial: None)
 
 
 def test_a_copy_that_ends_while_room_is_counted_is_counted(tmp_path: Path) -> None:

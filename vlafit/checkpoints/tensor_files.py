@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlafit import files
 from vlafit.errors import WeightsError, brief, command_line
-from vlafit.files import parse_json, plain_text, require_readable
+from vlafit.files import parse_object, plain_text, require_readable
 from vlafit.links import is_inside
 
 INDEX = "model.safetensors.index.json"
@@ -161,7 +161,7 @@ def _listed(index: Path) -> list[str]:
 
 
 def _map(index: Path) -> dict[str, str]:
-    return dict(parse_json(plain_text(index))["weight_map"])
+    return dict(parse_object(plain_text(index))["weight_map"])
 
 
 def _require_listed(index: Path, shards: Sequence[Path]) -> None:

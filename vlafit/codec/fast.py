@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from vlafit.codec import tokenizer_limits as limits
 from vlafit.errors import CodecError, brief
-from vlafit.files import parse_json, plain_text, write_atomic
+from vlafit.files import parse_object, plain_text, write_atomic
 
 SCALE = 10.0  # published processor: coefficients are rounded to a tenth
 VOCABULARY = 1024  # published processor: default of `fit`
@@ -107,9 +107,9 @@ def load(folder: Path | str) -> FastTokenizer:
     limits.require_small_files(folder)
     try:
         text = plain_text(folder / FILE)
-        limits.require_bounded(parse_json(text), folder / FILE)
+        limits.require_bounded(parse_object(text), folder / FILE)
         backend = tokenizers.Tokenizer.from_str(text)
-        config = parse_json(plain_text(folder / CONFIG))
+        config = parse_object(plain_text(folder / CONFIG))
         scale, least = config["scale"], config["min_token"]
     except CodecError:
         raise

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from vlafit.codec import sentencepiece
 from vlafit.codec import tokenizer_limits as limits
 from vlafit.errors import CodecError, brief
-from vlafit.files import irregular, parse_json, plain_text, require_regular_files, write_atomic
+from vlafit.files import irregular, parse_object, plain_text, require_regular_files, write_atomic
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of a tokenizer trained here
 SMALLEST = len(SPECIAL) + 256  # every byte is a token, so that any sentence can be encoded
@@ -100,7 +100,7 @@ def load(folder: Path | str) -> Tokenizer:
         return _through_transformers(folder)
     try:
         text = plain_text(path)
-        limits.require_bounded(parse_json(text), path)
+        limits.require_bounded(parse_object(text), path)
         backend = tokenizers.Tokenizer.from_str(text)
         config: dict[str, object] = {}
         listed = ("special_tokens_map.json", "tokenizer_config.json") if name == WHOLE else ()
@@ -108,7 +108,7 @@ def load(folder: Path | str) -> Tokenizer:
             config = _named_special_tokens(backend)
         for other in listed:
             if (folder / other).is_file():
-                config |= parse_json(plain_text(folder / other))
+                config |= parse_object(plain_text(folder / other))
     except CodecError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception on malformed files

@@ -5,6 +5,7 @@ again once it is closed, so that readers close what was deleted (`BoundedCache.d
 """
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from vlafit import locks
 from vlafit.datasets.downloads import as_text
 from vlafit.datasets.stamps import Stamp
 from vlafit.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 SIZE_SWITCH = "VLAFIT_CACHE_SIZE"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -36,7 +39,8 @@ class BoundedCache:
     def get(self, path: Path, wanted: Stamp, copy: Callable[[Path], None]) -> bool:
         """Have a file with a size and time at `path`; return whether it had to be copied.
 
-        `copy` writes it to the path that it is given. Raises DataError if there is no room.
+        `copy` writes it to the path that it is given. Where other copies that are being made leave no room,
+        their end is waited for. Raises DataError if there is no room without them.
         """
         if self._touch(path, wanted):
             return False
@@ -45,9 +49,7 @@ class BoundedCache:
             if self._touch(path, wanted):  # another process has just copied it
                 return False
             partial = path.with_name(f".{path.name}.{wanted[0]}.partial")
-            with locks.turn(self._lock_file(ROOM)):
-                self._make_room(path, wanted[0])
-                partial.touch()
+            self._reserve(path, partial, wanted[0])
             try:
                 copy(partial)
                 os.utime(partial, ns=(time.time_ns(), wanted[1]))
@@ -78,10 +80,30 @@ class BoundedCache:
             return False
         return True
 
-    def _make_room(self, path: Path, size: int) -> None:
-        """Delete files until one of `size` bytes has room, which counts unless it is never deleted."""
+    def _reserve(self, path: Path, partial: Path, size: int) -> None:
+        """Make room for the copy `partial`, which counts from then on, and create it."""
+        began, said = time.monotonic(), False
+        while True:
+            with locks.turn(self._lock_file(ROOM)):
+                if self._make_room(path, size):
+                    return partial.touch()
+            if not said and time.monotonic() - began > locks.LONG_WAIT_S:
+                said = True
+                log.warning(
+                    "%s: %s waits for room that copies of other processes take; %s larger than %s makes more",
+                    self.folder, path.name, SIZE_SWITCH, as_text(self.limit),
+                )  # fmt: skip
+            time.sleep(locks.LOOK_S)
+
+    def _make_room(self, path: Path, size: int) -> bool:
+        """Delete files until one of `size` bytes has room, which counts unless it is never deleted.
+
+        Returns False where only copies that are being made leave none. Raises DataError if there is none
+        without them.
+        """
         limit = float("inf") if KEPT in path.parts else self.limit
         files, total = self._counted(_slot(path))
+        arriving = total - sum(freed for _, freed, _ in files)
         for _, freed, oldest in files:
             if total + size <= limit and size <= shutil.disk_usage(self.folder).free:
                 break
@@ -89,12 +111,15 @@ class BoundedCache:
             total -= freed
             (self.folder / DELETED).touch()
         free = shutil.disk_usage(self.folder).free
-        if size > min(limit - total, free):
+        if size <= min(limit - total, free):
+            return True
+        if not arriving or size > limit:
             raise DataError(
                 f"{path.name}: has {as_text(size)}, and the cache at {self.folder} may hold "
                 f"{as_text(self.limit)} ({as_text(total)} are in use, the disk has {as_text(free)} free); "
-                f"set {SIZE_SWITCH} to more, lower data.workers, or free space"
+                f"set {SIZE_SWITCH} to more, or free space"
             )
+        return False
 
     def _counted(self, held: str = "") -> tuple[list[tuple[int, int, Path]], int]:
         """Return the files that may be deleted, the oldest first, and the bytes of these and of all copies.

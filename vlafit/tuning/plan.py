@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vlafit.errors import StrategyError
-from vlafit.files import parse_json
+from vlafit.files import parse_object
 from vlafit.tuning.adapters import Adapter, Quantise
 from vlafit.tuning.resolution import Resolution, resolve_strategy
 from vlafit.tuning.rules import Rule
@@ -235,7 +235,7 @@ class Plan:
     def from_json(cls, text: str, where: str = "plan.json") -> "Plan":
         """Read what `to_json` wrote. Raises StrategyError, naming `where`, for any other text."""
         try:
-            values = parse_json(text)
+            values = parse_object(text)
             if values["format"] not in (1, FORMAT):
                 raise StrategyError(
                     f"{where} has format {values['format']!r}; this version reads format {FORMAT}"

@@ -19,7 +19,7 @@ from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_demo, first_file, observations, reading
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError, brief
-from vlafit.files import parse_json
+from vlafit.files import parse_object
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _tell(card: Card, file: h5py.File, path: Path, demo: Demonstration) -> str:
             'files have none: use instruction.source = "filename" or "card"'
         )
     try:
-        value = parse_json(data.attrs["problem_info"])["language_instruction"]
+        value = parse_object(data.attrs["problem_info"])["language_instruction"]
         text = value if isinstance(value, str) else "".join(value)  # LIBERO joins lists so, too
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(

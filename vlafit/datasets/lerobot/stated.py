@@ -10,7 +10,7 @@ from vlafit.datasets.lerobot.meta import Meta, read_json
 from vlafit.datasets.recorded import MEASURES, Table, of_column, of_episodes
 from vlafit.datasets.store import RecordedStatistics
 from vlafit.errors import DataError, brief
-from vlafit.files import parse_json, plain_text
+from vlafit.files import parse_object, plain_text
 
 WHOLE, BY_EPISODE = "meta/stats.json", "meta/episodes_stats.jsonl"
 
@@ -49,7 +49,7 @@ def _by_episode(meta: Meta) -> dict[int, Mapping[str, Any]]:
     try:
         for line in plain_text(path).splitlines():
             if line.strip():
-                values = parse_json(line)
+                values = parse_object(line)
                 made[int(values["episode_index"])] = dict(values["stats"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read ({brief(error)}); fetch it again") from error

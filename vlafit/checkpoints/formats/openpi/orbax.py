@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlafit import heap
 from vlafit.errors import WeightsError, brief
-from vlafit.files import irregular, parse_json, plain_text
+from vlafit.files import irregular, parse_object, plain_text
 from vlafit.links import is_inside
 
 METADATA = "_METADATA"
@@ -193,7 +193,7 @@ def _listed(folder: Path) -> tuple[dict[str, list[int] | None], bool]:
             " there; copy or download the folder again"
         )
     try:
-        content = parse_json(plain_text(path))
+        content = parse_object(plain_text(path))
         entries = content["tree_metadata"].values()
         stored = [e for e in entries if e["value_metadata"]["value_type"] != "None"]
         pieces = {
