@@ -60,6 +60,26 @@ def test_names_that_repeat_are_named(change: Callable[..., Path], capsys: pytest
 
 @pytest.mark.case(
     section="data",
+    report="the policy ignores one of its cameras",
+    user_has="a card in which two cameras have the same `key`",
+    now="it trains; `data check` and the run's warnings name the cameras and the key",
+)
+def test_cameras_that_are_read_from_one_key_are_named(
+    change: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_dataset(load_card(change(lambda info: None)))
+    first, *others = store.card.robot.cameras
+    twice = (first, *(replace(camera, key=first.key) for camera in others))
+    assert others and not check_declared(store)
+    store = open_dataset(replace(store.card, robot=replace(store.card.robot, cameras=twice)))
+    [finding] = check_declared(store)
+    names = " and ".join(camera.name for camera in twice)
+    assert f"cameras {names} are read from the same key, {first.key}" in finding.message
+    assert finding.cameras == tuple(camera.name for camera in twice)
+
+
+@pytest.mark.case(
+    section="data",
     report="episodes of the test split are trained on",
     user_has="`splits` in LeRobot's info.json",
     now="as in LeRobot all are used; `data check` and the run's warnings say so, and how to choose",

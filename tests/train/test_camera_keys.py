@@ -15,8 +15,8 @@ import torch
 from tests.train.agreement_world import EPISODES, card_beside, recipe_of, start, write_card
 from vlafit import checkpoints, cli, load_actor
 from vlafit.agreement import Agreement, Item, Learned
-from vlafit.datasets import load_card
-from vlafit.datasets.camera_keys import items, learned_keys
+from vlafit.datasets import Card, load_card
+from vlafit.datasets.camera_keys import items, learned_by
 from vlafit.errors import EmbodimentError
 from vlafit.recipe import Recipe
 from vlafit.serve.describe import describe
@@ -223,7 +223,55 @@ def test_an_agreement_of_an_older_version_names_exchanged_keys_in_sentences():
         "camera left": "camera left reads obs/r, which is of the other hand",
         "camera slot 0": "front 8x8",
     }
-    assert learned_keys(Learned(said)) == {("front", "obs/back"), ("left", "obs/r")}
+    (one,) = learned_by(Learned(said))
+    assert one.keys == {"front": "obs/back", "left": "obs/r"}
+    said = {"key of camera top": "a: obs/1; b: obs/2", "key of camera wrist": "obs/3"}
+    assert [one.keys for one in learned_by(Learned(said))] == [
+        {"top": "obs/1", "wrist": "obs/3"},
+        {"top": "obs/2", "wrist": "obs/3"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "asked"),
+    [
+        ("images/cam2 images/cam1", "obs/cam_1 obs/cam_2", "top wrist"),
+        (
+            "observation.images.camera_2 observation.images.camera_1",
+            "obs/cam_1_rgb obs/cam_2_rgb",
+            "top wrist",
+        ),
+        ("cam_2/color cam_1/color", "obs/cam_1 obs/cam_2", "top wrist"),
+        ("images/cam1 images/cam2", "obs/cam_1 obs/cam_2", ""),
+        ("images/cam2 images/cam3", "obs/cam_1 obs/cam_2", ""),  # another numbering, perhaps
+        ("images/cam0 images/cam1", "obs/cam_1 obs/cam_2", ""),
+        ("obs/b obs/c obs/a", "img/a img/b img/c", "top wrist side"),
+        ("obs/b obs/a obs/c", "img/a img/b img/c", "top wrist"),
+        ("obs/b obs/a obs/d", "img/a img/b img/c", "top wrist"),
+        ("obs/a obs/a", "obs/a obs/b", "wrist"),
+        ("1/rgb 2/rgb", "2/rgb 1/rgb", "top wrist"),
+        ("rgb image", "image rgb", "top wrist"),
+    ],
+)
+def test_keys_in_other_words_are_compared_where_cameras_are_exchanged(
+    here: str, there: str, asked: str, card: Path
+):
+    def keyed(name: str, keys: str) -> Card:
+        one = load_card(str(card))
+        cameras = [
+            replace(one.robot.cameras[0], name=camera, key=key)
+            for camera, key in zip(("top", "wrist", "side"), keys.split(), strict=False)
+        ]
+        return replace(one, name=name, robot=replace(one.robot, cameras=tuple(cameras)))
+
+    def asked_in(cards: list[Card], learned: Learned | None) -> list[str]:
+        rows = items(cards, learned, {}, lambda names: (" ".join(names), ()))
+        return [row.name.removeprefix("key of camera ") for row in rows if row.status == "conflict"]
+
+    first, second = keyed("first", there), keyed("second", here)
+    assert asked_in([first, second], None) == asked.split()
+    before = items([first], None, {}, lambda names: ("", ()))
+    assert asked_in([second], Learned({row.name: row.sides["dataset"] for row in before})) == asked.split()
 
 
 def test_cameras_of_any_name_are_compared(card: Path):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from vlafit.agreement.cameras import misnamed
 from vlafit.datasets.card import Card
 from vlafit.datasets.card_texts import of_cards, of_each
 
+GENERAL = {"rgb", "rgba", "image", "images", "img", "color", "frames", "video", "data"}
+"""Words in the end of a key that tell no camera."""
 TITLE = "key of camera "
 """An item is named this and the camera."""
 FIX = "correct the card; if it is right: {remedy}"
@@ -32,16 +35,32 @@ def keys_of(card: Card) -> dict[str, str]:
     return {camera.name: camera.key for camera in card.robot.cameras}
 
 
-def learned_keys(learned: Learned) -> set[tuple[str, str]]:
-    """Return the cameras that a checkpoint learned from, each with its key: one for each card."""
-    named = {
-        (name.removeprefix(TITLE), key)
-        for name, text in learned.said.items()
-        if name.startswith(TITLE)
-        for key in of_each(text)
-    }
-    older = filter(None, map(OLDER.fullmatch, learned.said.values()))
-    return named | {(match[1], match[2]) for match in older}
+@dataclass(frozen=True)
+class Other:
+    """What else says from which keys cameras are read: another card, or what a checkpoint learned from."""
+
+    reads: str
+    """The words before a camera's name: "card 'a' reads camera"."""
+    keys: Mapping[str, str]
+
+    @classmethod
+    def of_card(cls, card: Card) -> "Other":
+        """Return the keys of another card."""
+        return cls(f"card {card.name!r} reads camera", keys_of(card))
+
+
+def learned_by(learned: Learned) -> list[Other]:
+    """Return the keys of the cards that a checkpoint learned from, as far as it says."""
+    cards: dict[int, dict[str, str]] = {}
+    for name, text in learned.said.items():
+        if name.startswith(TITLE):
+            for number, key in enumerate(of_each(text)):
+                cards.setdefault(number, {})[name.removeprefix(TITLE)] = key
+        elif match := OLDER.fullmatch(text):
+            cards.setdefault(0, {})[match[1]] = match[2]
+    for keys in cards.values():  # a key that all cards have is said once
+        cards[0] = {**keys, **cards[0]}
+    return [Other("the checkpoint learned camera", {**cards[0], **keys}) for keys in cards.values()]
 
 
 def items(
@@ -59,12 +78,13 @@ def items(
     data) or an earlier card reads another camera, is a conflict unless `confirmed`, camera -> why, has it.
     Without `by_name`, such names in the first card are left to who fills the slots, until they are confirmed.
     """
-    pairs = learned_keys(learned or UNSAID)
+    said = learned_by(learned or UNSAID)
+    pairs = {pair for one in said for pair in one.keys.items()}
     asked: dict[str, list[str]] = {}
     for number, card in enumerate(cards):
         before = [*others, *cards[:number]]
         left = set() if by_name or before else keys_of(card).keys() - confirmed.keys()
-        for name, text in _questions(card, before, pairs, left).items():
+        for name, text in _questions(card, list(map(Other.of_card, before)), said, left).items():
             asked.setdefault(name, []).append(f"card {card.name!r}: {text}" if len(cards) > 1 else text)
     reasons = {name: LEARNED for name in asked if {(name, keys_of(c)[name]) for c in cards} <= pairs}
     reasons |= confirmed
@@ -90,43 +110,57 @@ def _key(name: str, card: Card) -> str:
 
 
 def _questions(
-    card: Card, others: Sequence[Card], learned: AbstractSet[tuple[str, str]], left: AbstractSet[str]
+    card: Card, others: Sequence[Other], learned: Sequence[Other], left: AbstractSet[str]
 ) -> dict[str, str]:
     """Return a sentence for each camera, by name, whose key is another camera's.
 
     A camera that one of the `others` reads from the same key has none, and so has one that is `left` whose
     key has the name of another one.
     """
-    keys, found = keys_of(card), {}
-    known = {pair for other in others for pair in keys_of(other).items()}
+    keys, found, every = keys_of(card), {}, [*others, *learned]
     for name, key in keys.items():
-        if (name, key) in known:
+        if any(other.keys.get(name) == key for other in others):
             continue
         text = misnamed(name, keys)
         if text and name in left:
             continue
-        if text := _beside(text, name, others, learned) if text else _elsewhere(name, key, others, learned):
+        if text and (one := next((one for one in every if name in one.keys), None)):
+            text = f"{text} ({one.reads} {name} from {one.keys[name]})"
+        elif not text and not any(one.keys.get(name) == key for one in learned):
+            text = next(filter(None, (_elsewhere(name, keys, one) for one in every)), "")
+        if text:
             found[name] = text
     return found
 
 
-def _beside(text: str, name: str, others: Sequence[Card], learned: AbstractSet[tuple[str, str]]) -> str:
-    """Return a sentence with the key from which another card, or the checkpoint, reads the camera `name`."""
-    said = [f"card {other.name!r} reads {keys_of(other)[name]}" for other in others if name in keys_of(other)]
-    said += [f"the checkpoint learned it from {key}" for camera, key in sorted(learned) if camera == name]
-    return f"{text} ({said[0]})" if said else text
+def _elsewhere(name: str, keys: Mapping[str, str], other: Other) -> str:
+    """Return how the key of the camera `name` is another camera's elsewhere; "" where it is not.
 
-
-def _elsewhere(name: str, key: str, others: Sequence[Card], learned: AbstractSet[tuple[str, str]]) -> str:
-    """Return which card, or checkpoint, reads another camera from the key of the camera `name`."""
-    for other in others:
-        keys = keys_of(other)
-        for camera in keys:
-            if name in keys and keys[camera] == key:
-                return f"camera {name} reads {key}, from which card {other.name!r} reads camera {camera}"
-    if (name, key) in learned or name not in {camera for camera, _ in learned}:
+    Of keys that are written in other words only an exchange tells: top from obs/cam_1 and wrist from
+    obs/cam_2, and elsewhere top from images/cam2 and wrist from images/cam1.
+    """
+    if name not in other.keys:
         return ""
-    for camera, there in sorted(learned):
-        if there == key:
-            return f"camera {name} reads {key}, from which the checkpoint learned camera {camera}"
-    return ""
+    for camera, key in other.keys.items():
+        if camera != name and key == keys[name]:
+            return f"camera {name} reads {key}, from which {other.reads} {camera}"
+    ends, there = ({camera: _end(key) for camera, key in of.items()} for of in (keys, other.keys))
+    camera = name
+    for _ in there:
+        camera = next((one for one in there if there[one] == ends.get(camera)), "")
+        if camera in ("", name):
+            break
+    first = next((one for one in there if there[one] == ends[name]), "")
+    if camera != name or first == name:
+        return ""
+    return f"camera {name} reads {keys[name]}, and {other.reads} {first} from {other.keys[first]}"
+
+
+def _end(key: str) -> tuple[str, ...]:
+    """Return the words of a key that tell a camera: obs/cam_1, images.cam1_rgb and camera_1/rgb are alike."""
+    for part in reversed(re.split(r"[/.]", key)):
+        words = [word.lower() for word in re.findall(r"[A-Za-z]+|\d+", part)]
+        words = ["cam" if word == "camera" else word for word in words if word not in GENERAL]
+        if words:
+            return tuple(words)
+    return (key,)

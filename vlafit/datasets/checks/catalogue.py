@@ -29,6 +29,7 @@ TESTS: Mapping[str, Requirement] = MappingProxyType(
     {
         # what files and card declare
         "repeated_names": Requirement(("repeated_names",), "names of state and action dimensions"),
+        "shared_keys": Requirement(("shared_keys",)),
         "splits": Requirement(("splits",)),
         "unnamed_files": Requirement(("unnamed_files",)),
         "form": Requirement(("form",), "poses, grippers or angles in the card"),

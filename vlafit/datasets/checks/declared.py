@@ -1,4 +1,4 @@
-"""Check what the files and the card of a dataset declare: repeated names, splits, files of no episode."""
+"""Check what files and card of a dataset declare: names, keys of cameras, splits, files of no episode."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ NAMED = 3  # files
 
 def check_declared(store: EpisodeStore) -> list[Finding]:
     """Return what is declared and leads to another result than a reader may expect. Reads no episode."""
-    return [*_repeated_names(store), *_splits(store), *_unnamed_files(store)]
+    return [*_repeated_names(store), *_shared_keys(store), *_splits(store), *_unnamed_files(store)]
 
 
 def _repeated_names(store: EpisodeStore) -> Iterator[Finding]:
@@ -32,6 +32,24 @@ def _repeated_names(store: EpisodeStore) -> Iterator[Finding]:
                 "names (of relative actions, adapt.outside, a joint's figures) do not tell them apart",
                 f"give each a name in a card: robot.{column}.labels",
             )
+
+
+def _shared_keys(store: EpisodeStore) -> Iterator[Finding]:
+    cameras = store.card.robot.cameras
+    for key, times in Counter(camera.key for camera in cameras).items():
+        if times == 1:
+            continue
+        names = [camera.name for camera in cameras if camera.key == key]
+        yield Finding(
+            "warning",
+            "shared_keys",
+            "",
+            None,
+            f"cameras {', '.join(names[:-1])} and {names[-1]} are read from the same key, {key}",
+            "the policy sees one picture in the place of several",
+            "correct the keys in the card, or leave out all but one of these cameras",
+            tuple(names),
+        )
 
 
 def _splits(store: EpisodeStore) -> Iterator[Finding]:
