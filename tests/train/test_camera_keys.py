@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from tests.train.agreement_world import EPISODES, card_beside, recipe_of, start, write_card
-from vlafit import checkpoints, cli, load_actor
+from vlafit import checkpoints, cli, config, load_actor
 from vlafit.agreement import Agreement, Item, Learned
-from vlafit.datasets import Card, load_card
+from vlafit.datasets import Card, load_card, open_dataset
 from vlafit.datasets.camera_keys import items, learned_by
 from vlafit.errors import EmbodimentError
+from vlafit.offline.contract import adaptations, compare_readings
 from vlafit.recipe import Recipe
 from vlafit.serve.describe import describe
 from vlafit.serve.options import Options
@@ -155,11 +156,14 @@ def test_training_takes_the_same_keys_and_keys_of_no_other_camera(
     place: str, card: Path, late: Path, same: Path, learned: Path, keys: tuple[str, str]
 ):
     third = card_beside(late, "third", (f'key = "{keys[0]}"', f'key = "{SPARE}"'))
-    for one in (same, third):
+    for one, status in ((same, "same"), (third, "differs")):
         for checkpoint in (None, learned):
             made = agreed(placed(place, card, one, checkpoint, {})).items
             rows = [item for item in made if "key of" in item.name]
-            assert rows and {row.status for row in rows} == {"same"}
+            keyed = {row.name.partition(",")[0]: row.status for row in rows}
+            is_compared = place != "alone" or checkpoint is not None
+            top = status if is_compared else "same"
+            assert keyed == {"key of camera top": top, "key of camera wrist": "same"}
 
 
 def test_one_key_that_is_another_cameras_is_enough(card: Path, late: Path, keys: tuple[str, str]):
@@ -172,6 +176,41 @@ def test_one_key_that_is_another_cameras_is_enough(card: Path, late: Path, keys:
     with pytest.raises(EmbodimentError) as error:
         agreed(placed("further card", card, shifted, None, {}))
     assert f"camera top reads {keys[1]}" in str(error.value) and "camera wrist reads" not in str(error.value)
+
+
+def test_a_recipes_cameras_confirm_no_other_card_than_it_learned_from(
+    card: Path, other: Path, learned: Path, tmp_path: Path
+):
+    recipe = recipe_of(other, learned, CONFIRMED)
+    actor = load_actor(saved(recipe, tmp_path / "tuned"), width=4)
+    (tmp_path / "recipe.toml").write_text(config.dump(recipe))
+    adapt = adaptations(tmp_path)
+    assert dict(adapt.cameras) == CONFIRMED["cameras"]
+    rows = compare_readings(actor, open_dataset(str(other)), "it", adapt)
+    assert {row.status for row in rows if "key of" in row.name} <= {"same", "chosen"}
+    with pytest.raises(EmbodimentError, match="--confirm-cameras top wrist"):
+        compare_readings(actor, open_dataset(str(card)), "it", adapt)
+
+
+def test_a_key_that_differs_from_the_learned_one_is_a_row_of_an_evaluation(
+    late: Path, learned: Path, keys: tuple[str, str], tmp_path: Path, run: Callable[..., int], capsys
+):
+    third = card_beside(late, "third", (f'key = "{keys[0]}"', f'key = "{SPARE}"'))
+    assert run("eval", learned, "--data", third, "--out", tmp_path / "out", *SHORT) == 0
+    [line] = [one for one in capsys.readouterr().out.splitlines() if one.startswith("key of camera")]
+    assert [fact for fact in ("top", SPARE, keys[0], "differs: another key") if fact not in line] == []
+
+
+def test_robots_whose_cards_exchange_keys_are_trained_together_and_rows_say_so(
+    card: Path, other: Path, keys: tuple[str, str]
+):
+    recipe = placed("further card", card, other, None, {})
+    names = {"joints": "one", "exchanged": "two"}
+    rows = agreed(replace(recipe, data=replace(recipe.data, embodiments=names))).items
+    keyed = {row.name: row for row in rows if "key of" in row.name}
+    assert keyed["one: key of camera top"].status == "same"
+    two = keyed["two: key of camera top"]
+    assert two.status == "differs" and f"camera top reads {keys[1]}, from which card 'joints'" in two.reason
 
 
 def test_inspect_refuses_them(other: Path, learned: Path, keys: tuple[str, str], capsys):

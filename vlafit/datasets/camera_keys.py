@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Protocol
 
 from vlafit.agreement import UNSAID, Item, Learned
@@ -18,6 +19,7 @@ TITLE = "key of camera "
 """An item is named this and the camera."""
 FIX = "correct the card; if it is right: {remedy}"
 LEARNED = "the checkpoint learned from the same key"
+OTHER_KEY = "another key, of no other camera"
 OLDER = re.compile(r"camera (.+) reads (.+), which (?:has the name of camera .+|is of the other hand)")
 """Item of an agreement without the items above: a camera whose key has the name of another one."""
 
@@ -80,6 +82,7 @@ def items(
     """
     said = learned_by(learned or UNSAID)
     pairs = {pair for one in said for pair in one.keys.items()}
+    beside = {"checkpoint": pairs, "training data": {pair for one in others for pair in keys_of(one).items()}}
     asked: dict[str, list[str]] = {}
     for number, card in enumerate(cards):
         before = [*others, *cards[:number]]
@@ -92,10 +95,15 @@ def items(
     for name in dict.fromkeys(name for card in cards for name in keys_of(card)):
         some = [card for card in cards if name in keys_of(card)]
         here = of_cards(some, partial(_key, name))
-        there = " and ".join(sorted(key for camera, key in pairs if camera == name))
-        sides = {"dataset": here, **({"checkpoint": there} if there else {})}
+        there = {role: {key for camera, key in of if camera == name} for role, of in beside.items()}
+        sides = {"dataset": here, **{role: " and ".join(sorted(keys)) for role, keys in there.items()}}
+        sides = {role: text for role, text in sides.items() if text}
         if name not in asked:
-            yield Item(f"{TITLE}{name}", sides, here, "same")
+            own = {_key(name, card) for card in some}
+            differ = len(own) > 1 or any(keys and not own <= keys for keys in there.values())
+            yield Item(
+                f"{TITLE}{name}", sides, here, "differs" if differ else "same", OTHER_KEY if differ else ""
+            )
         elif name in reasons:
             yield Item(f"{TITLE}{name}", sides, here, "chosen", reasons[name])
         else:
@@ -103,6 +111,17 @@ def items(
             yield Item(
                 f"{TITLE}{name}", sentences, "", "conflict", fix=FIX.format(remedy=text), accept=accept
             )
+
+
+def across(cards: Sequence[Card], others: Sequence[Card]) -> dict[str, str]:
+    """Return a sentence for each camera, by name, that one of the `others`, of another robot, reads from the
+    key of another camera.
+    """
+    found = {}
+    for card, other in product(cards, map(Other.of_card, others)):
+        keys = keys_of(card)
+        found |= {name: text for name in keys if (text := _elsewhere(name, keys, other))}
+    return found
 
 
 def _key(name: str, card: Card) -> str:

@@ -169,7 +169,8 @@ def _cameras(
 ) -> Iterator[Item]:
     """Yield the keys of a dataset's cameras (see `camera_keys.items`).
 
-    `confirmed` and `adapt.cameras` confirm them. Raises EmbodimentError for a `confirmed` that is no camera.
+    `confirmed` confirms them, and so does `adapt.cameras` where the policy does not say from which keys it
+    learned. Raises EmbodimentError for a `confirmed` that is no camera.
     """
     reasons = dict.fromkeys(confirmed, "--confirm-cameras")
     for camera in confirmed:
@@ -177,7 +178,8 @@ def _cameras(
             store.embodiment.camera(camera)
         except EmbodimentError as error:
             raise EmbodimentError(f"--confirm-cameras {quoted(camera)}: {error}") from None
-    reasons |= dict.fromkeys(adapt.cameras.values(), "adapt.cameras of the recipe")
+    if not any(name.startswith(camera_keys.TITLE) for name in learned.said):  # of an older version
+        reasons |= dict.fromkeys(adapt.cameras.values(), "adapt.cameras of the recipe")
     yield from camera_keys.items([store.card], learned, reasons, _confirm_cameras)
 
 

@@ -9,8 +9,7 @@ from vlafit.agreement import INVALID, Agreement, Forms, Item, Party, agree, join
 from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.action_bins import BINS
-from vlafit.datasets import Card, value_faults
-from vlafit.datasets.camera_keys import keys_of
+from vlafit.datasets import Card, camera_keys, value_faults
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
 from vlafit.nn.policy import Needs
@@ -23,7 +22,7 @@ from vlafit.train.tokenizer import SMALLEST_SHARE
 
 def dataset_party(card: Card) -> Party:
     """Return what a data card says."""
-    relative, keys = tuple(card.robot.relative), keys_of(card)
+    relative, keys = tuple(card.robot.relative), camera_keys.keys_of(card)
     forms = Forms(card.robot.state.form, card.robot.action.form)
     return Party("dataset", card.name, card.embodiment, relative, keys=keys, forms=forms)
 
@@ -188,7 +187,18 @@ def agree_on_parts(
 
 def joined(recipe: Recipe, data: Data, agreements: Mapping[str, Agreement]) -> Agreement:
     """Return the agreement of a run: that of its embodiments, and the share of each dataset."""
-    return join(agreements).with_items([*_weights(recipe, data)])
+    whole, asked, before = join(agreements), dict[str, str](), list[Card]()
+    for name, part in data.parts().items():
+        texts = camera_keys.across(part.cards, before)
+        asked |= {f"{name}: {camera_keys.TITLE}{camera}": text for camera, text in texts.items()}
+        before += part.cards
+    items = [
+        replace(item, status="differs", reason=f"embodiments differ: {asked[item.name]}")
+        if item.name in asked
+        else item
+        for item in whole.items
+    ]
+    return replace(whole, items=tuple(items)).with_items([*_weights(recipe, data)])
 
 
 def _weights(recipe: Recipe, data: Data) -> Iterator[Item]:
