@@ -1,5 +1,6 @@
 """What a run knows of its past: base, datasets, recorded seeds, renderers; and where that matters."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -208,3 +209,10 @@ def test_a_changed_history_is_damage(base: Path, tmp_path: Path) -> None:
     (copy / "history.json").write_text('{"format": 1, "seeds": ')
     with pytest.raises(WeightsError, match=r"history\.json: cannot be read as JSON"):
         checkpoints.read_lineage(copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    content = (copy / "history.json").read_bytes()
+    manifest["files"]["history.json"] = hashlib.sha256(content).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    for read in (checkpoints.load, checkpoints.inspect):
+        with pytest.raises(WeightsError, match=r"history\.json: cannot be read as JSON"):
+            read(copy)

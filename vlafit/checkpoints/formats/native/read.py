@@ -16,6 +16,7 @@ from vlafit import files
 from vlafit.agreement.values import FILE as AGREEMENT
 from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, Base, read_base
 from vlafit.checkpoints.history import FILE as HISTORY
+from vlafit.checkpoints.history import read_lineage
 from vlafit.checkpoints.tensor_files import read_json_object, read_text
 from vlafit.codec import CodecSet
 from vlafit.errors import ConfigError, WeightsError
@@ -62,7 +63,7 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
 
     Without `hash_weights` the weights' file must be there, and is not read. `trust` names packages from which
     the module of its family may be imported. Raises WeightsError naming files that are missing, changed or
-    not in the manifest, or a family that is not trusted.
+    not in the manifest, or damaged, or a family that is not trusted.
     """
     _verify(folder, () if hash_weights else (WEIGHTS, TRAINED))
     path = folder / POLICY
@@ -86,6 +87,7 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
     path = folder / PLAN
     plan = Plan.from_json(read_text(path), str(path)) if path.is_file() else None
     base = read_base(folder)
+    read_lineage(folder)  # what needs it later would fail then
     tuned = plan is not None and (plan.adapted or plan.quantised)
     if (folder / ADAPTERS).is_dir() and not tuned:
         raise WeightsError(f"{folder}: has adapters, but {PLAN} does not say where they sit")
