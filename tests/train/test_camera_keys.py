@@ -213,6 +213,20 @@ def test_robots_whose_cards_exchange_keys_are_trained_together_and_rows_say_so(
     assert two.status == "differs" and f"camera top reads {keys[1]}, from which card 'joints'" in two.reason
 
 
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_cameras_that_the_recipe_renames_are_compared_with_those_whose_place_they_take(
+    exchanged: bool, late: Path, learned: Path, keys: tuple[str, str]
+):
+    top, wrist = ('name = "top"', 'name = "wrist"') if not exchanged else ('name = "wrist"', 'name = "top"')
+    renamed = card_beside(late, f"renamed_{exchanged}", (top, 'name = "one"'), (wrist, 'name = "two"'))
+    cameras = {"top": "one", "wrist": "two"}
+    rows = agreed(placed("alone", renamed, renamed, learned, {"cameras": cameras})).items
+    [row] = [row for row in rows if row.name == "key of camera one"]
+    there = keys[1] if exchanged else keys[0]
+    assert row.sides == {"dataset": there, "checkpoint": keys[0]}
+    assert (row.status, row.reason) == (("chosen", "adapt.cameras") if exchanged else ("same", ""))
+
+
 def test_inspect_refuses_them(other: Path, learned: Path, keys: tuple[str, str], capsys):
     assert cli.main(["inspect", str(learned), "--data", str(other)]) == 1
     require_both("".join(capsys.readouterr()), keys)

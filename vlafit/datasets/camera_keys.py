@@ -51,15 +51,20 @@ class Other:
         return cls(f"card {card.name!r} reads camera", keys_of(card))
 
 
-def learned_by(learned: Learned) -> list[Other]:
-    """Return the keys of the cards that a checkpoint learned from, as far as it says."""
+def learned_by(learned: Learned, renamed: Mapping[str, str] | None = None) -> list[Other]:
+    """Return the keys of the cards that a checkpoint learned from, as far as it says.
+
+    A camera that the cards at hand call otherwise has that name: `renamed` is the checkpoint's -> theirs.
+    """
     cards: dict[int, dict[str, str]] = {}
+    renamed = renamed or {}
     for name, text in learned.said.items():
         if name.startswith(TITLE):
             for number, key in enumerate(of_each(text)):
-                cards.setdefault(number, {})[name.removeprefix(TITLE)] = key
+                camera = name.removeprefix(TITLE)
+                cards.setdefault(number, {})[renamed.get(camera, camera)] = key
         elif match := OLDER.fullmatch(text):
-            cards.setdefault(0, {})[match[1]] = match[2]
+            cards.setdefault(0, {})[renamed.get(match[1], match[1])] = match[2]
     for keys in cards.values():  # a key that all cards have is said once
         cards[0] = {**keys, **cards[0]}
     return [Other("the checkpoint learned camera", {**cards[0], **keys}) for keys in cards.values()]
@@ -73,14 +78,16 @@ def items(
     others: Sequence[Card] = (),
     *,
     by_name: bool = True,
+    renamed: Mapping[str, str] | None = None,
 ) -> Iterator[Item]:
     """Yield the keys of the cards' cameras, and those that a checkpoint learned from, where it says.
 
     A key that has the name of another camera, or from which the checkpoint, one of the `others` (training
     data) or an earlier card reads another camera, is a conflict unless `confirmed`, camera -> why, has it.
     Without `by_name`, such names in the first card are left to who fills the slots, until they are confirmed.
+    `renamed` is a camera of the checkpoint -> the cards' that takes its place, where they differ.
     """
-    said = learned_by(learned or UNSAID)
+    said = learned_by(learned or UNSAID, renamed)
     pairs = {pair for one in said for pair in one.keys.items()}
     beside = {"checkpoint": pairs, "training data": {pair for one in others for pair in keys_of(one).items()}}
     asked: dict[str, list[str]] = {}

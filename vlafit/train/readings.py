@@ -44,7 +44,8 @@ def items(
     """
     is_other_robot = recipe.adapt.robot and recipe.fits_statistics
     robot = before.embodiment if before is not None else None
-    yield from keys(recipe.adapt, cards, learned, by_name=False)
+    slots = before.config.cameras if before is not None else ()
+    yield from keys(recipe.adapt, cards, learned, by_name=False, slots=slots)
     yield from column_order.items(cards, learned, robot, may_differ=is_other_robot)
     consent = of_conversions(recipe.adapt)
     yield from conversions.items(cards, learned, consent, is_other_robot=is_other_robot)
@@ -74,10 +75,19 @@ def keys(
     others: Sequence[Card] = (),
     *,
     by_name: bool = True,
+    slots: Sequence[str] = (),
 ) -> Iterator[Item]:
-    """Yield the keys of the cameras (see `camera_keys.items`); a recipe's `adapt.cameras` confirms them."""
-    confirmed = dict.fromkeys(filter(None, adapt.cameras.values()), "adapt.cameras")
-    yield from camera_keys.items(cards, learned, confirmed, to_themselves, others, by_name=by_name)
+    """Yield the keys of the cameras (see `camera_keys.items`); a recipe's `adapt.cameras` confirms them.
+
+    `slots` are the checkpoint's, in order.
+    """
+    mapped = {slot: camera for slot, camera in adapt.cameras.items() if camera}
+    confirmed = dict.fromkeys(mapped.values(), "adapt.cameras")
+    filled = dict(zip(slots, learned.cameras, strict=False)) if learned is not None else {}
+    renamed = {filled.get(slot) or slot: camera for slot, camera in mapped.items()}
+    yield from camera_keys.items(
+        cards, learned, confirmed, to_themselves, others, by_name=by_name, renamed=renamed
+    )
 
 
 def of_frames(adapt: AdaptRecipe) -> Consent:
