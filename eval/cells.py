@@ -9,6 +9,8 @@ from vlafit.compare.pooled_score import Pooled, pool
 from vlafit.score import Score
 from vlafit.significance import Pairs, holm, paired_interval, sign_flip_p
 
+LONG = "84_starts"  # the evaluation of few demonstrations that has 500 episodes over three seeds
+
 
 def runs_by_seed(folder: Path) -> dict[str, dict[int, Path]]:
     """Return the published runs in a folder, of each recipe by seed: of the seeds that all recipes have."""
@@ -28,7 +30,10 @@ def outcomes_of(run: Path, evaluation: str) -> dict[str, bool | None]:
 
 def score_of(run: Path, evaluation: str) -> Score:
     """Return the successes of a published evaluation."""
-    counts = read(run / "report.json")["success"][evaluation]
+    if evaluation == LONG:
+        counts = read(run / f"result_{LONG}.json")["overall"]
+    else:
+        counts = read(run / "report.json")["success"][evaluation]
     return Score(counts["successes"], counts["episodes"], counts["errors"])
 
 
@@ -58,19 +63,26 @@ def with_interval(score: Pooled) -> str:
     return f"{count(score.to_json())} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def beside(runs: Mapping[str, Mapping[int, Path]], baseline: str) -> dict[str, tuple[str, str]]:
+def beside(
+    runs: Mapping[str, Mapping[int, Path]], baseline: str, evaluation: str = "after"
+) -> dict[str, tuple[str, str]]:
     """Return the difference of each recipe from the baseline at equal starts, and its p; "" for the baseline.
 
     p is exact, with Holm's correction over all of them.
     """
-    outcomes = {name: [outcomes_of(run, "after") for run in of.values()] for name, of in runs.items()}
-    pairs = {n: Pairs.of(of, outcomes[baseline]) for n, of in outcomes.items() if n != baseline}
+    pairs = pairs_of(runs, baseline, evaluation)
     p_values = holm([sign_flip_p(one.by_start) for one in pairs.values()])
     found = {
         name: (points(one.mean, paired_interval(one)), f"{p:.2g}")
         for (name, one), p in zip(pairs.items(), p_values, strict=True)
     }
     return {**found, baseline: ("", "")}
+
+
+def pairs_of(runs: Mapping[str, Mapping[int, Path]], baseline: str, evaluation: str) -> dict[str, Pairs]:
+    """Return the outcomes of each recipe but the baseline, paired with the baseline's at equal starts."""
+    outcomes = {name: [outcomes_of(run, evaluation) for run in of.values()] for name, of in runs.items()}
+    return {name: Pairs.of(of, outcomes[baseline]) for name, of in outcomes.items() if name != baseline}
 
 
 def points(difference: float, ends: Sequence[float]) -> str:

@@ -22,10 +22,12 @@ from vlafit.report.picture import Arm, ablation_figure
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "few-demonstrations" / "strategies"
+TITLE = "Two unseen tasks, few demonstrations and steps"
 STRATEGIES: dict[str, tuple[str, float]] = {  # name: strategy, learning rate
     "expert": ("expert", 2e-3),
     "lora": ("lora", 2e-3),
     "lora-rank-2": ("eval/results/few-demonstrations/lora-rank-2.toml", 5e-3),
+    "dora": ("dora", 2e-3),
     "progressive-short": ("eval/results/few-demonstrations/progressive-short.toml", 2e-3),
 }
 
@@ -79,8 +81,7 @@ def draw(results: Path) -> None:
     runs = published(results)
     if set(STRATEGIES) | {"full"} == set(runs) and runs["full"]:
         arms = [Arm(name, tuple(score_of(run, "after") for run in of.values())) for name, of in runs.items()]
-        title = "Two unseen tasks, few demonstrations and steps"
-        files.write_atomic(results / "figure.png", ablation_figure(arms, title))
+        files.write_atomic(results / "figure.png", ablation_figure(arms, TITLE))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,27 @@
 """The tables of few demonstrations: what was searched, and the setting fixed before it was played."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import beside, count, pooled, read, read_lines, runs_by_seed, table, with_interval
+from cells import (
+    LONG,
+    beside,
+    count,
+    pairs_of,
+    pooled,
+    read,
+    read_lines,
+    runs_by_seed,
+    score_of,
+    table,
+    with_interval,
+)
 from few_demonstrations_strategies import published as published_strategies
 from scipy.stats import rankdata
+
+from vlafit.significance import two_way_interval
 
 RECIPES = {
     "few-demonstrations": "full checkpoint",
@@ -14,6 +29,8 @@ RECIPES = {
     "few-demonstrations-untrained": "untrained",
 }
 STARTS = ("full checkpoint", "fresh expert", "untrained")
+SUCCESS = ("successes by seed", "success (95 %)")
+SPREAD = ("for new training runs, too (95 %)", "p")
 
 
 def searched(results: Path) -> str:
@@ -49,57 +66,75 @@ def is_of_strategies(line: dict[str, Any]) -> bool:
     return setting == ("faucet", 5, 30, "full checkpoint")
 
 
+def evaluation_of(runs: Iterable[Path]) -> str:
+    """Return the evaluation to compare runs by: the one of 84 starts a task, if all of them have it."""
+    return LONG if all((run / f"result_{LONG}.json").is_file() for run in runs) else "after"
+
+
+def beside_new_runs(
+    runs: Mapping[str, Mapping[int, Path]], baseline: str, evaluation: str
+) -> dict[str, tuple[str, str, str]]:
+    """Return what `beside` returns, with the interval for new training runs between the two."""
+    pairs = pairs_of(runs, baseline, evaluation)
+    found = {}
+    for name, (difference, p) in beside(runs, baseline, evaluation).items():
+        ends = two_way_interval(pairs[name]) if name in pairs else None
+        shown = f"[{100 * ends[0]:+.0f}, {100 * ends[1]:+.0f}]" if ends else ""
+        found[name] = difference, shown, p
+    return found
+
+
 def published(results: Path) -> str:
     """One row for each starting point of the fixed setting, and its difference from the full checkpoint."""
     runs = runs_by_seed(results / "starts")
     names = [name for name in RECIPES if name in runs]
-    differences = beside({name: runs[name] for name in names}, names[0])
+    evaluation = evaluation_of(run for name in names for run in runs[name].values())
+    differences = beside_new_runs({name: runs[name] for name in names}, names[0], evaluation)
     rows = [
         [
             RECIPES[name],
             f"`{name}`",
-            str(len(runs[name])),
-            with_interval(pooled(runs[name].values(), "after")),
+            successes(runs[name], evaluation),
+            with_interval(pooled(runs[name].values(), evaluation)),
             *differences[name],
         ]
         for name in names
     ]
-    head = ["start", "recipe", "seeds", "success (95 %)", "minus full checkpoint, points (95 %)", "p"]
-    return table(head, rows)
+    return table(["start", "recipe", *SUCCESS, "minus full checkpoint, points (95 %)", *SPREAD], rows)
+
+
+def successes(runs: Mapping[int, Path], evaluation: str) -> str:
+    """Return the successes of each seed, in the order of seeds."""
+    return ", ".join(str(score_of(run, evaluation).successes) for run in runs.values())
 
 
 def strategies(results: Path) -> str:
     """One row for each strategy at the fixed setting, best first, and its difference from `full`."""
     runs = published_strategies(results / "strategies")
-    differences = beside(runs, "full")
+    evaluation = evaluation_of(run for of in runs.values() for run in of.values())
+    differences = beside_new_runs(runs, "full", evaluation)
     rows = []
     for name, of in runs.items():
         reports = [read(run / "report.json") for run in of.values()]
-        score = pooled(of.values(), "after")
+        score = pooled(of.values(), evaluation)
         cells = [
             f"`{name}`",
             f"{reports[0]['recipe']['optim']['lr']:g}",
-            ", ".join(map(str, of)),
+            successes(of, evaluation),
             with_interval(score),
             *differences[name],
         ]
         rows.append((-score.successes, cells))
-    head = [
-        "strategy",
-        "learning rate",
-        "seeds",
-        "success (95 %)",
-        "minus full, points (95 %)",
-        "p",
-    ]
+    head = ["strategy", "learning rate", *SUCCESS, "minus full, points (95 %)", *SPREAD]
     return table(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
 
 
 def offline(results: Path) -> str:
     """Rank correlation of success with what was measured on held-out recordings, over all published runs."""
     runs = [path.parent for path in sorted(results.glob("*/*-seed*/report.json"))]
+    evaluation = evaluation_of(runs)
     reports = [read(run / "report.json") for run in runs]
-    success = [report["success"]["after"]["rate"] for report in reports]
+    success = [score_of(run, evaluation).rate for run in runs]
     rows = []
     for metric, shown in (("loss", "validation loss"), ("action_error", "error of sampled actions")):
         errors = [report["training"]["metrics"][f"validation/{metric}"]["last"] for report in reports]

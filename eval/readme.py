@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import libero_tables
-from cells import beside, count, link, pooled, read, read_lines, runs_by_seed, table, with_interval
+from cells import LONG, beside, count, link, pooled, read, read_lines, runs_by_seed, table, with_interval
+from few_demonstrations_500 import words_for
 from few_demonstrations_tables import offline, published, searched, searched_strategies
 from few_demonstrations_tables import strategies as few_demonstrations_strategies
 from libero_full import EVALUATIONS
@@ -240,6 +241,12 @@ def provenance() -> str:
         folder = path.parent
         facts = read(path)["evaluations"]["after"]
         rows.append(_made(str(folder.relative_to(RESULTS)), path, facts, _command(folder)))
+    for path in sorted(RESULTS.glob(f"few-demonstrations/*/*/result_{LONG}.json")):
+        facts = read(path)
+        facts["versions"] = {**facts["versions"], **facts["software"]}
+        run = path.parent.relative_to(RESULTS)
+        name = f"{run}, {facts['trials']} starts a task"
+        rows.append(_made(name, path, facts, " ".join(["vlafit", *words_for("runs" / run)])))
     for name, evaluation in EVALUATIONS.items():
         path = RESULTS / "libero-full" / name / "result.json"
         if path.is_file():
