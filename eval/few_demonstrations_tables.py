@@ -1,6 +1,7 @@
 """The tables of few demonstrations: what was searched, and the setting fixed before it was played."""
 
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from cells import (
     LONG,
     beside,
     count,
+    outcomes_of,
     pairs_of,
+    points,
     pooled,
     read,
     read_lines,
@@ -21,7 +24,7 @@ from cells import (
 from few_demonstrations_strategies import published as published_strategies
 from scipy.stats import rankdata
 
-from vlafit.significance import two_way_interval
+from vlafit.significance import Pairs, holm, paired_interval, sign_flip_p, two_way_interval
 
 RECIPES = {
     "few-demonstrations": "full checkpoint",
@@ -30,7 +33,7 @@ RECIPES = {
 }
 STARTS = ("full checkpoint", "fresh expert", "untrained")
 SUCCESS = ("successes by seed", "success (95 %)")
-SPREAD = ("for new training runs, too (95 %)", "p")
+NEW_RUNS = "with new training runs (95 %)"
 
 
 def searched(results: Path) -> str:
@@ -100,7 +103,7 @@ def published(results: Path) -> str:
         ]
         for name in names
     ]
-    return table(["start", "recipe", *SUCCESS, "minus full checkpoint, points (95 %)", *SPREAD], rows)
+    return table(["start", "recipe", *SUCCESS, "minus full checkpoint, points (95 %)", NEW_RUNS, "p"], rows)
 
 
 def successes(runs: Mapping[int, Path], evaluation: str) -> str:
@@ -122,11 +125,27 @@ def strategies(results: Path) -> str:
             f"{reports[0]['recipe']['optim']['lr']:g}",
             successes(of, evaluation),
             with_interval(score),
-            *differences[name],
+            *differences[name][:2],  # p is in the table of pairs, corrected over all of them
         ]
         rows.append((-score.successes, cells))
-    head = ["strategy", "learning rate", *SUCCESS, "minus full, points (95 %)", *SPREAD]
+    head = ["strategy", "learning rate", *SUCCESS, "minus full, points (95 %)", NEW_RUNS]
     return table(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+
+
+def strategy_pairs(results: Path) -> str:
+    """One cell for each pair of strategies, row minus column: points, their interval and p."""
+    runs = published_strategies(results / "strategies")
+    evaluation = evaluation_of(run for of in runs.values() for run in of.values())
+    names = sorted(runs, key=lambda name: -pooled(runs[name].values(), evaluation).successes)
+    outcomes = {name: [outcomes_of(run, evaluation) for run in runs[name].values()] for name in names}
+    pairs = {(a, b): Pairs.of(outcomes[a], outcomes[b]) for a, b in combinations(names, 2)}
+    p_values = holm([sign_flip_p(one.by_start) for one in pairs.values()])
+    cells = {
+        pair: f"{points(one.mean, paired_interval(one))}, p {p:.2g}"
+        for (pair, one), p in zip(pairs.items(), p_values, strict=True)
+    }
+    rows = [[f"`{a}`", *(cells.get((a, b), "") for b in names[1:])] for a in names[:-1]]
+    return table(["row minus column", *(f"`{name}`" for name in names[1:])], rows)
 
 
 def offline(results: Path) -> str:

@@ -18,6 +18,7 @@ from vlafit.rollout import load_protocol
 
 RESULTS = EVAL / "results" / "few-demonstrations"
 PUBLISHED = sorted(path.parent for path in RESULTS.glob("*/*-seed*/report.json"))
+LONGER = sorted(path.parent for path in RESULTS.glob("*/*-seed*/result_84_starts.json"))
 
 
 @pytest.fixture
@@ -40,8 +41,15 @@ def test_the_protocol_has_more_starts_and_the_published_ones_first(longer: Modul
     assert 3 * len(protocol.tasks) * protocol.trials >= 500
 
 
-@pytest.mark.parametrize("run", PUBLISHED, ids=lambda run: run.name)
-def test_a_published_run_has_500_episodes_with_its_seeds_and_its_own_first_ones(
+@pytest.mark.parametrize("kind", ["starts"])
+def test_every_published_run_of_a_table_has_its_longer_evaluation(kind: str) -> None:
+    assert [run for run in PUBLISHED if run.parent.name == kind] == [
+        run for run in LONGER if run.parent.name == kind
+    ]
+
+
+@pytest.mark.parametrize("run", LONGER, ids=lambda run: run.name)
+def test_a_longer_evaluation_is_of_the_published_checkpoint_and_begins_with_its_episodes(
     longer: ModuleType, run: Path
 ) -> None:
     result = json.loads((run / "result_84_starts.json").read_text(encoding="utf-8"))
