@@ -291,6 +291,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "libero": lambda: libero_tables.by_task(RESULTS, libero_tables.KNOWN),
     "libero-unseen": lambda: libero_tables.by_task(RESULTS, libero_tables.UNSEEN),
     "libero-unseen-arms": lambda: libero_tables.unseen(RESULTS),
+    "libero-full": lambda: libero_tables.full(RESULTS / "libero-full"),
     "libero-expert": libero_expert,
     "latency": latency,
     "evaluation-speed": evaluation_speed,
