@@ -28,6 +28,11 @@ def outcomes_of(run: Path, evaluation: str) -> dict[str, bool | None]:
     return {f"{e['task']} {e['seed']}": None if e["error"] else e["success"] for e in lines}
 
 
+def evaluation_of(runs: Iterable[Path]) -> str:
+    """Return the evaluation to compare runs by: the one of 84 starts a task, if all of them have it."""
+    return LONG if all((run / f"result_{LONG}.json").is_file() for run in runs) else "after"
+
+
 def score_of(run: Path, evaluation: str) -> Score:
     """Return the successes of a published evaluation."""
     if evaluation == LONG:

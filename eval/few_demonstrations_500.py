@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cells import LONG, read, read_lines, runs_by_seed, score_of
-from few_demonstrations_strategies import TITLE
-from few_demonstrations_strategies import published as published_strategies
-from few_demonstrations_tables import RECIPES, evaluation_of
+import few_demonstrations_strategies
+from cells import LONG, evaluation_of, read, read_lines, runs_by_seed, score_of
+from few_demonstrations_tables import RECIPES
 from training_run import carry_out, is_finished, keep_text
 
 from vlafit import files
@@ -149,13 +148,14 @@ def require_equal(published: Path, played: Path) -> None:
 
 
 def draw(results: Path) -> None:
-    """Draw the success of starting points, and of strategies, once all of their runs have been played."""
-    starts = runs_by_seed(results / "starts")
-    named = {label: starts[recipe] for recipe, label in RECIPES.items() if recipe in starts}
-    for kind, runs in (("starts", named), ("strategies", published_strategies(results / "strategies"))):
-        if runs and evaluation_of(run for of in runs.values() for run in of.values()) == LONG:
-            arms = [Arm(name, tuple(score_of(run, LONG) for run in of.values())) for name, of in runs.items()]
-            files.write_atomic(results / kind / f"figure_{LONG}.png", ablation_figure(arms, TITLE))
+    """Draw the success of strategies, and of starting points once all of their runs have been played."""
+    few_demonstrations_strategies.draw(results / "strategies")
+    runs = runs_by_seed(results / "starts")
+    if runs and evaluation_of(run for of in runs.values() for run in of.values()) == LONG:
+        scores = {name: tuple(score_of(run, LONG) for run in of.values()) for name, of in runs.items()}
+        arms = [Arm(label, scores[recipe]) for recipe, label in RECIPES.items() if recipe in scores]
+        path = results / "starts" / f"figure_{LONG}.png"  # `make few-demonstrations` writes figure.png
+        files.write_atomic(path, ablation_figure(arms, few_demonstrations_strategies.TITLE))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """The tables of few demonstrations: what was searched, and the setting fixed before it was played."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from cells import (
-    LONG,
     beside,
     count,
+    evaluation_of,
     outcomes_of,
     pairs_of,
     points,
@@ -67,11 +67,6 @@ def is_of_strategies(line: dict[str, Any]) -> bool:
     """Whether a point of the search is of the fixed setting, from the full checkpoint."""
     setting = line["tasks"], line["demonstrations"], line["steps"], line["start"]
     return setting == ("faucet", 5, 30, "full checkpoint")
-
-
-def evaluation_of(runs: Iterable[Path]) -> str:
-    """Return the evaluation to compare runs by: the one of 84 starts a task, if all of them have it."""
-    return LONG if all((run / f"result_{LONG}.json").is_file() for run in runs) else "after"
 
 
 def beside_new_runs(
