@@ -41,7 +41,7 @@ def test_the_protocol_has_more_starts_and_the_published_ones_first(longer: Modul
     assert 3 * len(protocol.tasks) * protocol.trials >= 500
 
 
-@pytest.mark.parametrize("kind", ["starts"])
+@pytest.mark.parametrize("kind", ["starts", "strategies"])
 def test_every_published_run_of_a_table_has_its_longer_evaluation(kind: str) -> None:
     assert [run for run in PUBLISHED if run.parent.name == kind] == [
         run for run in LONGER if run.parent.name == kind
