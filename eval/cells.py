@@ -28,6 +28,11 @@ def outcomes_of(run: Path, evaluation: str) -> dict[str, bool | None]:
     return {f"{e['task']} {e['seed']}": None if e["error"] else e["success"] for e in lines}
 
 
+def every(runs: Mapping[str, Mapping[int, Path]]) -> list[Path]:
+    """Return the published runs of all recipes and seeds."""
+    return [run for of in runs.values() for run in of.values()]
+
+
 def evaluation_of(runs: Iterable[Path]) -> str:
     """Return the evaluation to compare runs by: the one of 84 starts a task, if all of them have it."""
     return LONG if all((run / f"result_{LONG}.json").is_file() for run in runs) else "after"
@@ -92,7 +97,12 @@ def pairs_of(runs: Mapping[str, Mapping[int, Path]], baseline: str, evaluation: 
 
 def points(difference: float, ends: Sequence[float]) -> str:
     """Return a difference of success and its interval in percentage points."""
-    return f"{100 * difference:+.0f} [{100 * ends[0]:+.0f}, {100 * ends[1]:+.0f}]"
+    return f"{100 * difference:+.0f} {interval(ends)}"
+
+
+def interval(ends: Sequence[float]) -> str:
+    """Return an interval of a difference in percentage points."""
+    return f"[{100 * ends[0]:+.0f}, {100 * ends[1]:+.0f}]"
 
 
 def link(target: str, text: str) -> str:

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import few_demonstrations_strategies
-from cells import LONG, evaluation_of, read, read_lines, runs_by_seed, score_of
+from cells import LONG, evaluation_of, every, read, read_lines, runs_by_seed, score_of
 from few_demonstrations_tables import RECIPES
 from training_run import carry_out, is_finished, keep_text
 
@@ -151,7 +151,7 @@ def draw(results: Path) -> None:
     """Draw the success of strategies, and of starting points once all of their runs have been played."""
     few_demonstrations_strategies.draw(results / "strategies")
     runs = runs_by_seed(results / "starts")
-    if runs and evaluation_of(run for of in runs.values() for run in of.values()) == LONG:
+    if runs and evaluation_of(every(runs)) == LONG:
         scores = {name: tuple(score_of(run, LONG) for run in of.values()) for name, of in runs.items()}
         arms = [Arm(label, scores[recipe]) for recipe, label in RECIPES.items() if recipe in scores]
         path = results / "starts" / f"figure_{LONG}.png"  # `make few-demonstrations` writes figure.png

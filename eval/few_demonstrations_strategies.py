@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cells import evaluation_of, runs_by_seed, score_of
+from cells import evaluation_of, every, runs_by_seed, score_of
 from training_run import carry_out, is_finished, keep, words_of
 
 from vlafit import files
@@ -80,7 +80,7 @@ def draw(results: Path) -> None:
     """Draw the success of every strategy, once all have been played with a seed."""
     runs = published(results)
     if set(STRATEGIES) | {"full"} == set(runs) and runs["full"]:
-        evaluation = evaluation_of(run for of in runs.values() for run in of.values())
+        evaluation = evaluation_of(every(runs))
         scores = {name: tuple(score_of(run, evaluation) for run in of.values()) for name, of in runs.items()}
         arms = [Arm(name, of) for name, of in scores.items()]
         files.write_atomic(results / "figure.png", ablation_figure(arms, TITLE))

@@ -10,6 +10,8 @@ from cells import (
     beside,
     count,
     evaluation_of,
+    every,
+    interval,
     outcomes_of,
     pairs_of,
     points,
@@ -77,17 +79,17 @@ def beside_new_runs(
     found = {}
     for name, (difference, p) in beside(runs, baseline, evaluation).items():
         ends = two_way_interval(pairs[name]) if name in pairs else None
-        shown = f"[{100 * ends[0]:+.0f}, {100 * ends[1]:+.0f}]" if ends else ""
+        shown = interval(ends) if ends else ""
         found[name] = difference, shown, p
     return found
 
 
 def published(results: Path) -> str:
     """One row for each starting point of the fixed setting, and its difference from the full checkpoint."""
-    runs = runs_by_seed(results / "starts")
-    names = [name for name in RECIPES if name in runs]
-    evaluation = evaluation_of(run for name in names for run in runs[name].values())
-    differences = beside_new_runs({name: runs[name] for name in names}, names[0], evaluation)
+    found = runs_by_seed(results / "starts")
+    runs = {name: found[name] for name in RECIPES if name in found}
+    evaluation = evaluation_of(every(runs))
+    differences = beside_new_runs(runs, next(iter(runs)), evaluation)
     rows = [
         [
             RECIPES[name],
@@ -96,7 +98,7 @@ def published(results: Path) -> str:
             with_interval(pooled(runs[name].values(), evaluation)),
             *differences[name],
         ]
-        for name in names
+        for name in runs
     ]
     return table(["start", "recipe", *SUCCESS, "minus full checkpoint, points (95 %)", NEW_RUNS, "p"], rows)
 
@@ -109,7 +111,7 @@ def successes(runs: Mapping[int, Path], evaluation: str) -> str:
 def strategies(results: Path) -> str:
     """One row for each strategy at the fixed setting, best first, and its difference from `full`."""
     runs = published_strategies(results / "strategies")
-    evaluation = evaluation_of(run for of in runs.values() for run in of.values())
+    evaluation = evaluation_of(every(runs))
     differences = beside_new_runs(runs, "full", evaluation)
     rows = []
     for name, of in runs.items():
@@ -130,7 +132,7 @@ def strategies(results: Path) -> str:
 def strategy_pairs(results: Path) -> str:
     """One cell for each pair of strategies, row minus column: points, their interval and p."""
     runs = published_strategies(results / "strategies")
-    evaluation = evaluation_of(run for of in runs.values() for run in of.values())
+    evaluation = evaluation_of(every(runs))
     names = sorted(runs, key=lambda name: -pooled(runs[name].values(), evaluation).successes)
     outcomes = {name: [outcomes_of(run, evaluation) for run in runs[name].values()] for name in names}
     pairs = {(a, b): Pairs.of(outcomes[a], outcomes[b]) for a, b in combinations(names, 2)}

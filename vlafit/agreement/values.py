@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from vlafit import files
 from vlafit.errors import ConfigError, EmbodimentError, brief
-from vlafit.files import parse_json, plain_text
+from vlafit.files import parse_object, plain_text
 from vlafit.types import ColumnForm, Embodiment
 
 Status = Literal["same", "chosen", "assumed", "differs", "conflict"]
@@ -274,12 +274,9 @@ def read_content(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content: object = parse_json(plain_text(path))
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds no object but {type(content).__name__}")
-    except (OSError, ValueError, TypeError) as error:
+        return parse_object(plain_text(path))
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
-    return content
 
 
 def from_content(content: Mapping[str, Any], path: Path) -> Agreement:

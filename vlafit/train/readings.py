@@ -83,8 +83,7 @@ def keys(
     """
     mapped = {slot: camera for slot, camera in adapt.cameras.items() if camera}
     confirmed = dict.fromkeys(mapped.values(), "adapt.cameras")
-    filled = dict(zip(slots, learned.cameras, strict=False)) if learned is not None else {}
-    renamed = {filled.get(slot) or slot: camera for slot, camera in mapped.items()}
+    renamed = learned.by_camera(mapped, slots) if learned is not None else None
     yield from camera_keys.items(
         cards, learned, confirmed, to_themselves, others, by_name=by_name, renamed=renamed
     )
