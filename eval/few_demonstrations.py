@@ -3,11 +3,12 @@
     python eval/few_demonstrations.py [--only WORD ...] [--most N] [--runs DIR] [--results DIR]
 
 A point is one training run and its success: tasks, starting weights, strategy, demonstrations of each task,
-steps and learning rate. Every point has one training seed and plays the same 48 or 50 starts, of seeds from
-50000 on, from which no published result is judged. A point that is finished is not played again, so the same
-command continues after an interruption; `--most 1` plays one point and stops. Each is a line of search.jsonl
-in the results folder, with its command, every outcome and what it took, whatever it shows; `python
-eval/readme.py` makes the tables from it, `python eval/few_demonstrations_figure.py` the picture.
+steps, learning rate and training seed. Every point plays the same 48 or 50 starts, of seeds from 50000 on,
+from which no published result is judged; seeds 3 to 5 of training are those of no published run. A point
+that is finished is not played again, so the same command continues after an interruption; `--most 1` plays
+one point and stops. Each is a line of search.jsonl in the results folder, with its command, every outcome
+and what it took, whatever it shows; `python eval/readme.py` makes the tables from it, `python
+eval/few_demonstrations_figure.py` the picture.
 
 Other tasks than the faucets are recorded first: `vlafit record metaworld-related`, `vlafit record
 metaworld-distant`.
@@ -78,7 +79,8 @@ class Point:
         """Name of its folder."""
         strategy = Path(self.strategy).stem
         parts = [self.tasks, self.start.replace(" ", "-"), strategy, f"{self.demonstrations}-demonstrations"]
-        return "-".join([*parts, f"{self.steps}-steps", f"lr-{self.lr:g}"])
+        seed = [f"seed{self.seed}"] if self.seed else []
+        return "-".join([*parts, f"{self.steps}-steps", f"lr-{self.lr:g}", *seed])
 
 
 def grid(
@@ -89,13 +91,23 @@ def grid(
         yield Point(tasks, start, n, s, rate)
 
 
-def of_strategies(tasks: str, demonstrations: int, steps: int, lr: tuple[float, ...]) -> Iterator[Point]:
-    """Yield every strategy from the full checkpoint at every learning rate."""
-    for rate, strategy in itertools.product(lr, STRATEGIES):
-        yield Point(tasks, "full checkpoint", demonstrations, steps, rate, strategy)
-
-
 STRATEGIES = ("full", "expert", "lora", LORA_RANK_2, "dora", PROGRESSIVE, "frozen-vision")
+SEEDS = (3, 4, 5)  # of training, which draw other demonstrations than those of published runs
+
+
+def of_strategies(
+    tasks: str,
+    demonstrations: int,
+    steps: int,
+    lr: tuple[float, ...],
+    strategies: tuple[str, ...] = STRATEGIES,
+    seeds: tuple[int, ...] = (0,),
+) -> Iterator[Point]:
+    """Yield every strategy from the full checkpoint at every learning rate with every training seed."""
+    for rate, strategy, seed in itertools.product(lr, strategies, seeds):
+        yield Point(tasks, "full checkpoint", demonstrations, steps, rate, strategy, seed)
+
+
 PLAN = tuple(
     dict.fromkeys(
         [
@@ -113,6 +125,12 @@ PLAN = tuple(
             *grid("faucet", (25,), (60,), (2e-3,)),
             *of_strategies("faucet", 5, 30, (2e-3, 1e-3, 5e-3, 1e-2)),
             *grid("related", (20,), (200,), (1e-3,)),
+            *of_strategies("faucet", 5, 30, (1e-3, 2e-3, 5e-3), ("lora", "dora", "full"), SEEDS),
+            *of_strategies("faucet", 5, 30, (5e-4,), ("lora", "dora"), (0, *SEEDS)),
+            *grid("faucet", (10, 25), (30,), (2e-3, 5e-3, 1e-2)),
+            *grid("faucet", (5,), (15,), (2e-3, 5e-3, 1e-2)),
+            *grid("faucet", (5,), (60, 120), (5e-4, 2e-3, 5e-3)),
+            *of_strategies("faucet", 5, 30, (1e-3, 2e-3, 5e-3), STRATEGIES, SEEDS),
         ]
     )
 )

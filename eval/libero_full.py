@@ -45,6 +45,7 @@ EVALUATIONS = {
     "known": Evaluation("libero-object-base", "libero-object-small"),
     "known-wrong": Evaluation("libero-object-base", "libero-object-small", True),
     "language": Evaluation("libero-object-base", "libero-object-small-lan"),
+    "language-wrong": Evaluation("libero-object-base", "libero-object-small-lan", True),
     "task": Evaluation("libero-object-base", "libero-object-small-task"),
     "task-wrong": Evaluation("libero-object-base", "libero-object-small-task", True),
     "object": Evaluation("libero-object-base", "libero-object-small-object"),

@@ -15,7 +15,7 @@ from vlafit.types import Env, EpisodeKey
 
 pytestmark = pytest.mark.sim
 
-NEEDS = {"metaworld": "metaworld", "pusht": "gym_pusht", "libero": "libero"}
+NEEDS = {"metaworld": "metaworld", "pusht": "gym_pusht", "pusht_keypoints": "gym_pusht", "libero": "libero"}
 
 
 @pytest.fixture(scope="module", params=envs.names())

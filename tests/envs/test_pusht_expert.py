@@ -13,7 +13,7 @@ from vlafit.datasets import load_card, open_dataset
 from vlafit.envs import EnvSpec
 from vlafit.record import record
 from vlafit.record.replay import replay, spec_of
-from vlafit.types import EpisodeKey
+from vlafit.types import Env, EpisodeKey, Observation
 
 pytestmark = pytest.mark.sim
 pytest.importorskip("gym_pusht")
@@ -86,3 +86,31 @@ def test_a_disturbed_recording_is_replayed_bit_for_bit_and_its_actions_are_targe
     (episode,) = replay(store, env, (0,))
     env.close()
     assert episode.success and episode.reproduced and episode.furthest == 0
+
+
+def test_keypoints_follow_the_disc_s_position_and_are_the_block_s_corners(tmp_path: Path) -> None:
+    env = envs.make(EnvSpec("pusht_keypoints", size=8, cameras=("top",)))
+    plain = envs.make(EnvSpec("pusht", size=8, cameras=("top",)))
+    for told, seen in zip(walk(env), walk(plain), strict=True):
+        assert told.state.shape == (18,) and np.array_equal(told.state[:2], seen.state)
+        assert np.array_equal(told.images["top"], seen.images["top"])
+        x, y, angle = told.privileged["full_state"][2:]
+        corners = expert.world(np.array([*expert.BAR, *expert.STEM]), (x, y, angle))
+        for place in told.state[2:].reshape(8, 2):  # in gym-pusht's order, which is another
+            assert np.linalg.norm(corners - place, axis=1).min() < 1e-3
+    card = load_card("pusht-keypoints-planned")
+    assert card.record is not None
+    spec = replace(card.record, episodes_per_task=1, first_seed=1003)
+    card = replace(card, path=str(tmp_path), record=spec)
+    record(card, tmp_path)
+    store = open_dataset(card)
+    (episode,) = replay(store, env, (0,))
+    env.close()
+    assert store.state(0).shape[1] == 18 and episode.success and episode.reproduced
+
+
+def walk(env: Env) -> list[Observation]:
+    """Return the observations of a start and of some steps towards the block."""
+    first = env.reset(TASK, 1003)
+    there = first.privileged["full_state"][2:4].astype(np.float32)
+    return [first, *(env.step(there)[0] for _ in range(15))]

@@ -29,6 +29,8 @@ class PushT:
     (0..512). Success is gym-pusht's: 95 % of the outline covered.
     """
 
+    STATE = Feature("state", (2,), "px", ("x", "y"))
+
     def __init__(self, spec: EnvSpec) -> None:
         for camera in spec.cameras:
             if camera != CAMERA:
@@ -44,7 +46,7 @@ class PushT:
         self.embodiment = Embodiment(
             name="pusht",
             cameras=(Feature(CAMERA, (spec.size, spec.size, 3)),),
-            state=Feature("state", (2,), "px", ("x", "y")),
+            state=self.STATE,
             action=Feature("action", (2,), "px", ("x", "y")),
             hz=HZ,
             control="absolute_position",
@@ -92,10 +94,14 @@ class PushT:
         images = {CAMERA: np.ascontiguousarray(self._simulation._render())} if render else NOTHING
         return Observation(
             images=images,
-            state=full_state[:2].astype(np.float32),
+            state=self._state(full_state),
             instruction=SENTENCE,
             privileged={"full_state": np.array(full_state, np.float64)},
         )
+
+    def _state(self, full_state: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return the state of the observation, as `STATE` describes it."""
+        return full_state[:2].astype(np.float32)
 
 
 def make(spec: EnvSpec) -> PushT:

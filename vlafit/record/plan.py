@@ -13,6 +13,7 @@ STATE_ENDS = {
     ("obs/ee_pos", "obs/gripper_states"): (3, None),
     ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states"): (3, 6, None),
     ("obs/ee_pos",): (None,),
+    ("obs/ee_pos", "obs/keypoints"): (2, None),
 }  # datasets of the state -> the dimension at which each ends; None: the last
 RESERVED = ("actions", "dones", "rewards")  # datasets that a recording has anyway
 
