@@ -42,7 +42,7 @@ def searched(results: Path) -> str:
     """One row for each setting that was searched with full fine-tuning: success from each start, one seed."""
     of_setting: dict[tuple[str, int, int, float], dict[str, str]] = {}
     for line in read_lines(results / "search.jsonl"):
-        if line["strategy"] == "full":
+        if line["strategy"] == "full" and not line["seed"]:
             key = (line["tasks"], line["demonstrations"], line["steps"], line["lr"])
             of_setting.setdefault(key, {})[line["start"]] = count(line)
     rows = [
@@ -56,12 +56,28 @@ def searched_strategies(results: Path) -> str:
     """One row for each strategy that was searched at the fixed setting: success at each rate, one seed."""
     of_strategy: dict[str, dict[float, str]] = {}
     for line in read_lines(results / "search.jsonl"):
-        if is_of_strategies(line):
+        if is_of_strategies(line) and not line["seed"]:
             of_strategy.setdefault(Path(line["strategy"]).stem, {})[line["lr"]] = count(line)
     rates = sorted({lr for of_rate in of_strategy.values() for lr in of_rate})
     rows = [
         [f"`{name}`", *(of_rate.get(lr, "") for lr in rates)] for name, of_rate in sorted(of_strategy.items())
     ]
+    return table(["strategy", *(f"rate {lr:g}" for lr in rates)], rows)
+
+
+def searched_seeds(results: Path) -> str:
+    """One row for each strategy searched with more training seeds: successes of each seed, and their sum."""
+    of_strategy: dict[str, dict[float, dict[int, int]]] = {}
+    for line in read_lines(results / "search.jsonl"):
+        if is_of_strategies(line) and line["seed"]:
+            of_rate = of_strategy.setdefault(Path(line["strategy"]).stem, {})
+            of_rate.setdefault(line["lr"], {})[line["seed"]] = line["successes"]
+    rates = sorted({lr for of_rate in of_strategy.values() for lr in of_rate})
+    rows = []
+    for name, of_rate in sorted(of_strategy.items()):
+        cells = {lr: ", ".join(str(of[seed]) for seed in sorted(of)) for lr, of in of_rate.items()}
+        sums = {lr: f"{cells[lr]}: {sum(of.values())}" for lr, of in of_rate.items()}
+        rows.append([f"`{name}`", *(sums.get(lr, "") for lr in rates)])
     return table(["strategy", *(f"rate {lr:g}" for lr in rates)], rows)
 
 

@@ -18,7 +18,14 @@ from typing import Any
 import libero_tables
 from cells import LONG, beside, count, link, pooled, read, read_lines, runs_by_seed, table, with_interval
 from few_demonstrations_500 import words_for
-from few_demonstrations_tables import offline, published, searched, searched_strategies, strategy_pairs
+from few_demonstrations_tables import (
+    offline,
+    published,
+    searched,
+    searched_seeds,
+    searched_strategies,
+    strategy_pairs,
+)
 from few_demonstrations_tables import strategies as few_demonstrations_strategies
 from libero_full import EVALUATIONS
 from mt50 import mt50
@@ -279,6 +286,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pretraining": pretraining,
     "few-demonstrations": lambda: published(RESULTS / "few-demonstrations"),
     "few-demonstrations-rates": lambda: searched_strategies(RESULTS / "few-demonstrations"),
+    "few-demonstrations-seeds": lambda: searched_seeds(RESULTS / "few-demonstrations"),
     "few-demonstrations-strategies": lambda: few_demonstrations_strategies(RESULTS / "few-demonstrations"),
     "few-demonstrations-pairs": lambda: strategy_pairs(RESULTS / "few-demonstrations"),
     "few-demonstrations-offline": lambda: offline(RESULTS / "few-demonstrations"),
