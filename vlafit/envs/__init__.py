@@ -135,7 +135,8 @@ def make(spec: EnvSpec) -> Env:
     module = _module(spec.name)
     if spec.perturb != Perturbation() and not getattr(module, "PERTURBABLE", False):
         raise SimulationError(
-            f"environment {spec.name!r}: env.perturb has no effect on it; remove it, or choose metaworld or libero"
+            f"environment {spec.name!r}: env.perturb has no effect on it; remove it, or "
+            "choose metaworld or libero"
         )
     return module.make(spec)
 
