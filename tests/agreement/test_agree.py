@@ -1,6 +1,7 @@
 """Dataset, checkpoint and recipe agree, or the error names both sides and the remedy."""
 
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.agreement.world import ROBOT, cameras, checkpoint, dataset
 from vlafit.agreement import Agreement, Party, agree, protocol_items
-from vlafit.agreement.camera_map import hands, propose
+from vlafit.agreement.camera_map import hands, propose, table, to_themselves
 from vlafit.agreement.values import FILE, read
 from vlafit.cli.console import agreement_table
 from vlafit.errors import ConfigError, EmbodimentError
@@ -578,3 +579,12 @@ def test_the_options_that_accept_another_robot_are_those_of_the_page():
     lines = [line.lstrip("# ") for line in PAGE.read_text(encoding="utf-8").splitlines()]
     begin = next(i for i, line in enumerate(lines) if line.startswith("--adapt.cameras.workspace CAMERA"))
     assert " ".join(lines[begin : begin + 2]) == str(error.value).splitlines()[-1].strip()
+
+
+@pytest.mark.parametrize("name", ["top", "left wrist", 'the "left" one', "a\\b"])
+def test_what_a_message_gives_for_a_recipe_is_toml_that_names_the_same_cameras(name: str) -> None:
+    assert tomllib.loads(f"cameras = {table({name: name, 'top2': ''})}")["cameras"] == {
+        name: name,
+        "top2": "",
+    }
+    assert tomllib.loads(to_themselves([name])[0].partition("] ")[2])["cameras"] == {name: name}

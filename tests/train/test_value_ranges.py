@@ -368,6 +368,8 @@ def test_an_evaluation_on_data_compares_the_values_as_training_does(
     assert "--outside: the robot has no dimension 'action.c'" in capsys.readouterr().err
     assert cli.main([*asked, "--out", str(tmp_path / "no"), "--outside", "foo"]) == 2
     said = capsys.readouterr().err
+    assert cli.main([*asked, "--out", str(tmp_path / "no"), "--outside", "action"]) == 2
+    assert "no dimension 'action'; name its dimensions one by one; it has: " in capsys.readouterr().err
     listed = said.rpartition("no dimension 'foo'; it has: ")[2].strip().split(", ")
     assert len(listed) == len(set(listed)) == 4
 

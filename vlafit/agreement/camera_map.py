@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from vlafit.agreement.values import PLACEHOLDER
 from vlafit.types import Feature
@@ -123,8 +123,7 @@ def _resized(
 
 def table(proposal: Mapping[str, str | None]) -> str:
     """Return a proposal as a TOML inline table."""
-    pairs = ((slot, PLACEHOLDER if source is None else source) for slot, source in proposal.items())
-    return "{ " + ", ".join(f'{_key(slot)} = "{source}"' for slot, source in pairs) + " }"
+    return _inline((slot, PLACEHOLDER if source is None else source) for slot, source in proposal.items())
 
 
 def accept(
@@ -148,13 +147,20 @@ def accept(
 
 def to_themselves(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """Return how a recipe, and the options of a command, confirm that cameras read the right keys."""
-    entries = ", ".join(f"{_key(name)} = {json.dumps(name, ensure_ascii=False)}" for name in names)
     options = tuple(f"--adapt.cameras.{name} {name}" for name in names if re.fullmatch(NAME, name))
-    return f"[adapt] cameras = {{ {entries} }}", options if len(options) == len(names) else ()
+    entries = _inline((name, name) for name in names)
+    return f"[adapt] cameras = {entries}", options if len(options) == len(names) else ()
+
+
+def _inline(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return pairs of a camera and its source as a TOML inline table."""
+    entries = (f"{_key(name)} = {json.dumps(source, ensure_ascii=False)}" for name, source in pairs)
+    return "{ " + ", ".join(entries) + " }"
 
 
 def _key(name: str) -> str:
-    return name if name.isascii() and name.replace("_", "").replace("-", "").isalnum() else f'"{name}"'
+    bare = name.isascii() and name.replace("_", "").replace("-", "").isalnum()
+    return name if bare else json.dumps(name, ensure_ascii=False)
 
 
 def hands(name: str) -> set[str]:

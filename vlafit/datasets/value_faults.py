@@ -112,8 +112,10 @@ def items(
     known = [name for one in ranges for name in one.names]
     for name in permitted:
         if name not in known:
+            column = name in ("state", "action")
+            near = "; name its dimensions one by one" if column else nearest(name, known)
             raise ConfigError(
-                f"{remedies.chosen}: the robot has no dimension {name!r}{nearest(name, known)}; "
+                f"{remedies.chosen}: the robot has no dimension {name!r}{near}; "
                 f"it has: {', '.join(dict.fromkeys(one.names[0] for one in ranges))}"
             )
     datasets = list(dict.fromkeys(one.dataset for one in ranges))
