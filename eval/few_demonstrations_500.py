@@ -37,6 +37,7 @@ from vlafit.rollout.protocol import Protocol
 
 HERE = Path(__file__).parent
 PROTOCOL = "metaworld-faucet-84"
+ALL = "Two unseen tasks, five demonstrations of each, 30 steps"  # title of the picture of all arms
 AGAIN = 5  # starts of each task that are played again
 
 
@@ -148,7 +149,7 @@ def require_equal(published: Path, played: Path) -> None:
 
 
 def draw(results: Path) -> None:
-    """Draw the success of strategies, and of starting points once all of their runs have been played."""
+    """Draw the success of strategies, of starting points, and of both, once all runs have been played."""
     few_demonstrations_strategies.draw(results / "strategies")
     runs = runs_by_seed(results / "starts")
     if runs and evaluation_of(every(runs)) == LONG:
@@ -156,6 +157,15 @@ def draw(results: Path) -> None:
         arms = [Arm(label, scores[recipe]) for recipe, label in RECIPES.items() if recipe in scores]
         path = results / "starts" / f"figure_{LONG}.png"  # `make few-demonstrations` writes figure.png
         files.write_atomic(path, ablation_figure(arms, few_demonstrations_strategies.TITLE))
+        tuned = few_demonstrations_strategies.published(results / "strategies")
+        if evaluation_of(every(tuned)) == LONG:
+            first, *others = arms  # the full checkpoint, fully fine-tuned, is a strategy too
+            scored = {name: tuple(score_of(run, LONG) for run in of.values()) for name, of in tuned.items()}
+            arms = [Arm(f"checkpoint, {name}", of) for name, of in scored.items() if of != first.scores]
+            arms += [replace(arm, label=f"{arm.label}, full") for arm in others]
+            arms.sort(key=lambda arm: -sum(score.successes for score in arm.scores))
+            arms.insert(0, replace(first, label="checkpoint, full"))
+            files.write_atomic(results / "figure.png", ablation_figure(arms, ALL))
 
 
 if __name__ == "__main__":
