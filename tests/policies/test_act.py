@@ -143,7 +143,9 @@ def test_loss_terms_and_gradients_are_those_that_lerobot_recorded(variant: str):
         assert means["kl"] == pytest.approx(numbers["train.kld_loss"], rel=1e-5)
     gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     assert set(gradients) >= {info.name for info in policy.parts() if not info.dead}
-    assert not gradients[act.UNREACHED].any()
+    always_zero = {name for name, gradient in gradients.items() if not gradient.any()}
+    assert always_zero == {act.UNREACHED, *([act.LATENT] if variant else [])}
+    assert always_zero <= {info.name for info in policy.parts() if info.dead}
     norms = {name: value for name, value in numbers.items() if name.startswith("gradnorm.")}
     for name, norm in norms.items():
         name = name.removeprefix("gradnorm.")
@@ -241,6 +243,8 @@ def test_the_parts_are_those_that_strategies_select_and_frozen_norms_never_learn
     assert all("norm" in name or "shortcut.1" in name for name in dead - {act.UNREACHED})
     grouped = act.build(replace(TINY, resnet_norm="group"))
     assert len(dead) > 4 and [info.name for info in grouped.parts() if info.dead] == [act.UNREACHED]
+    without = act.build(replace(TINY, resnet_norm="group", vae=False))
+    assert {info.name for info in without.parts() if info.dead} == {act.UNREACHED, act.LATENT}
 
 
 def test_fresh_weights_are_those_of_the_seed_and_parts_can_be_drawn_anew():

@@ -23,6 +23,7 @@ from vlafit.policies._common import imagenet_normalised, multiple, require, requ
 
 L1, KL = "l1", "kl"
 UNREACHED = "decoder.layers.0.self_attn.v_proj.weight"  # reads the decoder's input, which is zero
+LATENT = "latent_proj.weight"  # reads the latent, which is zero without a variational encoder
 WIDEST = 2**14  # channels of the last stage; ResNet-18 has 512
 PARTS = {"vision": "vision", "encoder": "encoder", "decoder": "decoder", "vae": "vae"}
 
@@ -176,8 +177,9 @@ class Act(Policy):
     def parts(self) -> list[ParameterInfo]:
         """Describe every parameter exactly once. What never learns is reported as dead.
 
-        That is frozen batch norms, which are constants, and one matrix that always reads zeros.
+        That is frozen batch norms, which are constants, and matrices that always read zeros.
         """
+        unread = {UNREACHED} if self.vae is not None else {UNREACHED, LATENT}
         constant = {
             f"{name}.{leaf}"
             for name, module in self.named_modules()
@@ -186,7 +188,7 @@ class Act(Policy):
         }
         infos = describe(self, PARTS, default="projections")
         infos = [replace(i, kind="norm", dead=True) if i.name in constant else i for i in infos]
-        return [replace(i, dead=True) if i.name == UNREACHED else i for i in infos]
+        return [replace(i, dead=True) if i.name in unread else i for i in infos]
 
     def blocks(self) -> list[nn.Module]:
         """Return the stages of the image network and all transformer layers."""
