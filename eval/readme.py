@@ -11,6 +11,7 @@ import importlib.util
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,15 @@ def strategies() -> str:
         )
     head = ["strategy", "success", "loss on pretraining tasks", "peak memory", "samples/s"]
     return table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def strategies_verdict() -> str:
+    """What the comparison of strategies says of itself: its verdict, its recommendation, and its notes."""
+    content = read(RESULTS / "compare" / "compare.json")
+    verdict = content["verdict"]
+    recommended = f"`{verdict['recommended']}` is recommended: {verdict['reason']}"
+    said = [f"**{verdict['sentence']}**", recommended, *verdict["notes"], *content["notes"]]
+    return "".join(f"- {textwrap.fill(one, 118, subsequent_indent='  ')}\n" for one in said)
 
 
 def pretraining() -> str:
@@ -283,6 +293,7 @@ def provenance() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "strategies": strategies,
+    "strategies-verdict": strategies_verdict,
     "pretraining": pretraining,
     "few-demonstrations": lambda: published(RESULTS / "few-demonstrations"),
     "few-demonstrations-rates": lambda: searched_strategies(RESULTS / "few-demonstrations"),
