@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import read_lines
+from few_demonstrations import OWN_RATES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -25,13 +26,12 @@ from vlafit.score import Score
 HERE = Path(__file__).parent
 COLOURS = {"full checkpoint": "#0b5f70", "fresh expert": "#b35900", "untrained": "#868e96"}
 FEW, NEAR = {"tasks": "faucet"}, {"tasks": "related"}
-PANELS = (  # title, what all of its points have, what its axis shows; but for "lr", the best rate is shown
+PANELS = (  # title, what all of its points have, what its axis shows
     ("5 demonstrations, 30 steps", {**FEW, "demonstrations": 5, "steps": 30}, "lr"),
-    ("5 demonstrations, best rate", {**FEW, "demonstrations": 5}, "steps"),
-    ("30 steps, best rate", {**FEW, "steps": 30}, "demonstrations"),
+    ("5 demonstrations, own rates", {**FEW, "demonstrations": 5}, "steps"),
+    ("30 steps, own rates", {**FEW, "steps": 30}, "demonstrations"),
     ("six related tasks, 5 demonstrations, 60 steps", {**NEAR, "demonstrations": 5, "steps": 60}, "lr"),
 )
-RATES = 3  # that each start has at every place where the best is shown
 AXES = {
     "lr": "learning rate",
     "steps": "training steps",
@@ -54,19 +54,16 @@ def main() -> int:
 def shown(lines: Sequence[dict[str, Any]], fixed: dict[str, Any], along: str) -> list[dict[str, Any]]:
     """Return the points of a panel: of full fine-tuning, with its fixed values, of the first training seed.
 
-    Along anything but the learning rate, that is the best of `RATES` rates, where as many were tried.
+    Along anything but the learning rate, each start has the rate that was fixed for it.
     """
-    points = [
+    return [
         line
         for line in lines
-        if line["strategy"] == "full" and not line["seed"] and all(line[k] == v for k, v in fixed.items())
+        if line["strategy"] == "full"
+        and not line["seed"]
+        and all(line[key] == value for key, value in fixed.items())
+        and (along == "lr" or line["lr"] == OWN_RATES[line["start"]])
     ]
-    if along == "lr":
-        return points
-    tried: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for point in points:
-        tried.setdefault((point["start"], point[along]), []).append(point)
-    return [max(some, key=lambda point: point["successes"]) for some in tried.values() if len(some) >= RATES]
 
 
 def digest(lines: Sequence[dict[str, Any]]) -> str:
