@@ -11,23 +11,24 @@ import copy
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from vlafit import arguments, checkpoints, config
-from vlafit.agreement import Agreement, Learned
+from vlafit import arguments, checkpoints
+from vlafit.agreement import Agreement, Item, Learned
+from vlafit.checkpoints.adaptation import Adaptation
 from vlafit.checkpoints.options import parse_dtype
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.state_watch import StateWatch
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.config import LARGEST
 from vlafit.errors import CodecError, ConfigError, quoted
-from vlafit.inference import accelerated, require_device, with_steps
+from vlafit.inference import accelerated, evaluating, require_device, with_steps
 from vlafit.nn.activations import same_rows
 from vlafit.nn.batch import Batch, stack
 from vlafit.nn.committed import clean_prefix, continuation
@@ -69,9 +70,11 @@ class PolicyActor:
         seeds: Mapping[str, Collection[int]] | None = None,
         embodiment: str = "",
         agreement: Agreement | None = None,
+        points: Sequence[Item] = (),
+        executed: int = 0,
     ) -> None:
         width = arguments.whole("width", width, 1, WIDEST)
-        seed = arguments.whole("seed", seed, 0, config.LARGEST)
+        seed = arguments.whole("seed", seed, 0, LARGEST)
         embodiment = arguments.text("embodiment", embodiment)
         self.policy = policy
         self._modules = list(policy.modules())  # walking the tree takes as long as a sampling step
@@ -84,6 +87,10 @@ class PolicyActor:
         self._embodiment = embodiment
         self.agreement = agreement
         """What the policy agreed on with the data that it learned from; None where it does not say."""
+        self.points = tuple(points)
+        """What was chosen when it was loaded, for the table of an evaluation."""
+        self.executed = executed
+        """Steps of a chunk that the checkpoint's own program executes; 0: it does not say."""
         self._watches: dict[str, StateWatch] = {}  # by embodiment
         self.logs_states = True
         """Whether states far outside the statistics are logged; a server does that for each client."""
@@ -122,6 +129,19 @@ class PolicyActor:
     def relative(self) -> tuple[bool, ...]:
         """For each action dimension, whether it was learned relative to the state; empty: none."""
         return tuple(self.codec.config.relative)
+
+    @property
+    def action_range(self) -> tuple[NDArray, NDArray]:
+        """Least and greatest value of each action of the training data; NaN where that is not known."""
+        learned, columns = self.codec.seen["action"], self.codec.columns
+        unknown = np.full(learned.dimensions, np.nan)
+        ends = (
+            (learned.q01, learned.q99)
+            if learned.min is None or learned.max is None
+            else (learned.min, learned.max)
+        )
+        least, most = (columns.as_recorded(unknown if end is None else end) for end in ends)
+        return least, most
 
     @property
     def chunk(self) -> int:
@@ -193,7 +213,7 @@ class PolicyActor:
         committed = [one.committed for one in requests]
         kinds: list[GoOn | None] = [None if left is None else self._how_to_go_on(left) for left in committed]
         chunks: dict[int, ActionChunk] = {}
-        with _evaluating(self._modules), same_rows(self.rows):
+        with evaluating(self._modules), same_rows(self.rows):
             for kind in dict.fromkeys(kinds):
                 rows = [i for i, other in enumerate(kinds) if other == kind]
                 for begin in range(0, len(rows), self.width):
@@ -327,6 +347,11 @@ def load_actor(
     embodiment: str = "",
     compile: bool = False,
     quantise: str = "",
+    config: Mapping[str, object] | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
+    assets: str | None = None,
+    cameras: Mapping[str, str] | None = None,
+    frame_size: int = 0,
 ) -> PolicyActor:
     """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
@@ -343,12 +368,17 @@ def load_actor(
     "fp8" keeps matrices of attention and MLPs in 8 bits, a quarter of float32; what that changes in the
     actions is measured and logged, and it is part of an evaluation's identity.
 
+    For a checkpoint of another program: `config` and `assets`, see `checkpoints.load`; `tokenizer` is a
+    folder, a file or an id of the Hub. `cameras` maps the policy's cameras to the robot's names for them ("":
+    the robot has none), and `frame_size` is the width and height of the robot's frames in pixels, where they
+    are not the checkpoint's. All of it is part of an evaluation's identity.
+
     Raises what `checkpoints.load` raises, and ConfigError where the checkpoint has no codec, the policy does
     not sample in steps, or the device is not there.
     """
     arguments.whole("steps", steps, 0, MOST_SAMPLING_STEPS)
     arguments.whole("width", width, 1, WIDEST)
-    arguments.whole("seed", seed, 0, config.LARGEST)
+    arguments.whole("seed", seed, 0, LARGEST)
     for name, value in (("device", device), ("embodiment", embodiment), ("quantise", quantise)):
         arguments.text(name, value)
     arguments.flag("compile", compile)
@@ -358,9 +388,13 @@ def load_actor(
     folder = checkpoints.place(arguments.path("path", path)).path
     if embodiment and (folder / "codec.json").is_file():  # before the weights are loaded
         CodecSet.load(folder).choose(embodiment, where=str(folder))
+    adaptation = Adaptation(config, tokenizer, assets, {} if cameras is None else cameras, frame_size)
     loaded = checkpoints.load_all(
         folder,
-        base=base,
+        config,
+        base,
+        adaptation.open_tokenizer(),
+        assets,
         device=require_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         dtype=kind,
         trust=trust,
@@ -368,30 +402,21 @@ def load_actor(
     if loaded.codecs is None:
         raise ConfigError(
             f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean "
-            f"to a robot: {loaded.report.codec}. Evaluate it with the recipe that would fine-tune it, which "
-            "gives tokenizer, cameras, relative actions and what else its files lack: --recipe RECIPE. "
+            f"to a robot: {loaded.report.codec}. What a checkpoint's files lack is given by --tokenizer, "
+            "--assets and --config of eval and serve (arguments of load_actor). A base model, which was not "
+            "trained on the robot, is evaluated with the recipe that would fine-tune it: --recipe RECIPE. "
             'data.statistics is there "checkpoint", for a policy that was trained on the robot, or "data"'
         )
+    codecs, points = adaptation.applied(loaded.codecs, embodiment, str(folder))
     return PolicyActor(
         accelerated(with_steps(loaded.policy, steps), compile, quantise),
-        loaded.codecs,
+        codecs,
         width=width,
         seed=seed,
-        identity=f"checkpoint sha256:{checkpoints.digest(folder)}",
+        identity=f"checkpoint sha256:{checkpoints.digest(folder)}{adaptation.identity(codecs)}",
         seeds=checkpoints.read_lineage(folder).seeds,
         embodiment=embodiment,
         agreement=loaded.agreement,
+        points=points,
+        executed=checkpoints.declaration(folder, base).executed,
     )
-
-
-@contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put every module in evaluation mode, and afterwards each back in the mode it had."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,8 +1,11 @@
 """Prepare a policy for inference: device, sampling steps, CUDA graphs, compiled blocks, weights in 8 bits."""
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from vlafit.errors import LONGEST_QUOTE, ConfigError, quoted
 from vlafit.nn.compiled import compile_blocks
@@ -62,3 +65,16 @@ def require_device(name: str) -> torch.device:
             f"device {quoted(name)} cannot be used here ({reason}); take cpu, or cuda on a GPU"
         ) from error
     return device
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put every module in evaluation mode, and afterwards each back in the mode it had."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -198,14 +198,16 @@ def differences(first: Embodiment, second: Embodiment) -> list[str]:
     return lines
 
 
-def require_same(first: Embodiment, first_is: str, second: Embodiment, second_is: str) -> None:
-    """Raise EmbodimentError naming both sides and every difference, if there is one."""
+def require_same(
+    first: Embodiment, first_is: str, second: Embodiment, second_is: str, remedy: str = ""
+) -> None:
+    """Raise EmbodimentError naming both sides and every difference, if there is one, and the `remedy`."""
     lines = differences(first, second)
     if lines:
         listed = "\n  ".join(lines)
         raise EmbodimentError(
             f"{first_is} (here: embodiment {first.name!r}) does not fit {second_is} "
-            f"(there: {second.name!r}):\n  {listed}\n"
+            f"(there: {second.name!r}):\n  {listed}\n{remedy and remedy + chr(10)}"
             "Correct the side that describes its robot wrongly (labels, units, control mode and rate count "
             "only where both state them). If the robots do differ, choose data, checkpoint and protocol of "
             "one, or train on the new robot's data, where [adapt] maps cameras and accepts what is meant."

@@ -13,6 +13,7 @@ from vlafit.agreement.evaluation import (
     INVALID,
     chosen,
     evaluation_items,
+    executed_items,
     invalid_items,
     replan_items,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "describe_mask",
     "describe_recorded",
     "evaluation_items",
+    "executed_items",
     "invalid_items",
     "join",
     "propose",

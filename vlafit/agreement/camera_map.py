@@ -5,10 +5,24 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from vlafit.agreement.values import PLACEHOLDER
-from vlafit.types import Feature
+from vlafit.types import Embodiment, Feature
 
 NAME = r"[A-Za-z0-9_-]+"  # what a command line takes without quotes
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+KNOWN: Mapping[str, Mapping[str, str]] = {
+    "libero-panda": {
+        # LeRobot: src/lerobot/envs/libero.py; the third of its pi0 was never there
+        "image": "agentview",
+        "image2": "wrist",
+        # openpi: src/openpi/policies/libero_policy.py
+        "base_0_rgb": "agentview",
+        "left_wrist_0_rgb": "wrist",
+        "right_wrist_0_rgb": "",
+        "wrist_image": "wrist",
+    }
+}
+"""Robot -> camera as public programs name it -> the robot's name for it, "" for one that it does not have.
+Only proposed, never applied."""
 _LIMBS = ("wrist", "hand", "arm", "gripper", "cam", "camera")
 _MOUNTED = {"wrist", "hand", "gripper"}
 _SCENE = {"base", "scene", "main", "exterior", "external", "agentview", "third"}
@@ -118,6 +132,32 @@ def _resized(
         for slot, source in proposal.items()
         if slot in trained
         for name in (free if source is None else [source] if source else [])
+    )
+
+
+def camera_options(policy: Embodiment, robot: Embodiment) -> str:
+    """Return how an evaluation gives a policy's cameras the robot's names and its frames their size.
+
+    "" where they have the same. What no name tells is left to the user.
+    """
+    recorded, slots = {camera.name: camera for camera in robot.cameras}, [c.name for c in policy.cameras]
+    sizes = {camera.shape for camera in robot.cameras}
+    other = [camera for camera in policy.cameras if {camera.shape} != sizes]
+    size = "".join(f" --frame-size {shape[0]}" for shape in sizes) if other and len(sizes) == 1 else ""
+    if set(slots) == set(recorded):
+        return f"If frames of this size are meant: {size.strip()} of eval and serve" if size else ""
+    known = KNOWN.get(robot.name, {})
+    chosen = {slot: known[slot] for slot in slots if known.get(slot) in (*recorded, "")}
+    if len({name for name in chosen.values() if name}) < len([name for name in chosen.values() if name]):
+        chosen = {}
+    pairs = propose(slots, recorded, chosen)
+    given = " ".join(f"{slot}={PLACEHOLDER if name is None else name}" for slot, name in pairs.items())
+    left = ", ".join(_free(recorded, pairs))
+    choice = f" ({left}, or nothing, in the place of each {PLACEHOLDER})" if None in pairs.values() else ""
+    return (
+        "If it is this robot, and only its cameras have other names, say which is which: --cameras "
+        f"{given}{size} of eval and serve{choice}; NAME= leaves a place empty. Arguments of load_actor: "
+        "cameras, frame_size."
     )
 
 

@@ -52,6 +52,17 @@ def replan_items(execution: Execution, chunk: int, prefix: str = "") -> Iterator
         yield Item(f"{prefix}replan", sides, str(chunk), "differs", shorter)
 
 
+def executed_items(execution: Execution, executed: int) -> Iterator[Item]:
+    """Yield an item where the checkpoint's own program executes another number of steps of a chunk
+    (`executed`, 0: not known), which costs or gains successes."""
+    if executed not in (0, execution.replan):
+        sides = {"protocol": str(execution.replan), "checkpoint": str(executed)}
+        reason = (
+            f"its own program executes {executed} steps before it asks again; --replan {executed} does so"
+        )
+        yield Item("steps executed", sides, str(execution.replan), "differs", reason)
+
+
 def statement(items: Sequence[Item]) -> str:
     """Return how many points are the same, in a sentence below the table of the others."""
     same = sum(item.status == "same" for item in items)

@@ -13,9 +13,12 @@ from vlafit.nn.policy import Needs, Policy
 
 GIVE_TOKENIZER = (
     "policy.tokenizer in a recipe, --policy.tokenizer for train, --tokenizer for inspect, "
-    "tokenizer= in Python"
+    "eval and serve, tokenizer= in Python"
 )
-GIVE_ASSETS = "policy.assets in a recipe, --policy.assets for train, --assets for inspect, assets= in Python"
+GIVE_ASSETS = (
+    "policy.assets in a recipe, --policy.assets for train, --assets for inspect, eval and serve, assets= in "
+    "Python"
+)
 
 
 class ChosenCodec(NamedTuple):

@@ -75,6 +75,8 @@ class Declaration:
     """Key of `load`'s config that names the action tokenizer of a codec made of its statistics."""
     form: InputForm | None = None
     """How prompts and frames are made; None: as the policy's family does it."""
+    executed: int = 0
+    """Steps of a chunk that its program executes before it asks again; 0 where its files do not say."""
     overruled: tuple[Overruled, ...] = ()
     """Settings on which its files differ, where the program follows one of them."""
     agreement: Agreement | None = None

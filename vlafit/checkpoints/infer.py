@@ -366,11 +366,10 @@ def _checked(
             given = " ".join(f"--config {key}=N" for key in numbers)
             trained = " ".join(f"--policy.config.{key} N" for key in numbers)
             recipe = f"policy.config.{numbers[0]} in a recipe, config={{{numbers[0]!r}: N}} in Python"
-            told.insert(0, f"{given} of inspect and export (train: {trained}), {recipe}")
+            told.insert(0, f"{given} of inspect, eval, serve and export (train: {trained}), {recipe}")
         raise WeightsError(
             f"{where}: neither the tensors nor a config beside them determine {', '.join(map(repr, asked))}; "
-            f"give {'it' if len(asked) == 1 else 'them'}: {'; '.join(told)}. eval and serve take what export "
-            "--to vlafit writes, or a --recipe that gives it"
+            f"give {'it' if len(asked) == 1 else 'them'}: {'; '.join(told)}"
         )
     return config
 

@@ -2,15 +2,17 @@
 
 import argparse
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlafit import config, shipped
 from vlafit.cli.console import differences_table
-from vlafit.cli.parser import add_base, add_embodiment, add_trust
+from vlafit.cli.parser import add_base, add_config, add_embodiment, add_trust, settings, within
 from vlafit.cli.places import base_folder
 from vlafit.cli.recipes import load_values
+from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlafit.actor import PolicyActor
@@ -43,9 +45,53 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="for a base model of another program: the recipe that would fine-tune it, which gives the "
         "statistics, tokenizer and cameras that its files lack",
     )
+    add_config(parser)
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="of a checkpoint that holds none: a folder, a file, or an id of the Hub",
+    )
+    parser.add_argument("--assets", metavar="NAME", help="which of the checkpoint's statistics")
+    parser.add_argument(
+        "--cameras",
+        metavar="NAME=CAMERA",
+        nargs="+",
+        default=[],
+        help="the robot's camera for each of the policy's, as in image=agentview image2=wrist; NAME= leaves "
+        "its place empty",
+    )
+    parser.add_argument(
+        "--frame-size",
+        metavar="N",
+        type=within(1, 2**13),
+        default=0,
+        help="width and height of the robot's frames in pixels [those that the checkpoint names]",
+    )
     add_embodiment(parser)
     add_base(parser)
     add_trust(parser)
+
+
+def cameras(pairs: Sequence[str]) -> dict[str, str]:
+    """Return the values of the option `--cameras`. Raises ConfigError for what is no pair, or given twice."""
+    named: dict[str, str] = {}
+    for pair in pairs:
+        slot, equals, name = pair.partition("=")
+        if not slot or not equals:
+            raise ConfigError(f"--cameras {pair!r} is not NAME=CAMERA, as in image=agentview")
+        if slot in named:
+            raise ConfigError(f"--cameras names {slot!r} twice")
+        named[slot] = name
+    return named
+
+
+ADAPTING = ("config", "tokenizer", "assets", "cameras", "frame_size")
+"""Options that say what the files of a checkpoint lack."""
+
+
+def adapting(options: Namespace) -> list[str]:
+    """Return the options of `ADAPTING` that are given, as they are written."""
+    return [f"--{name.replace('_', '-')}" for name in ADAPTING if getattr(options, name)]
 
 
 def load(
@@ -68,8 +114,15 @@ def load(
             dtype=options.dtype,
             compile=options.compile,
             quantise=options.quantise,
+            config=settings(options.config),
+            tokenizer=options.tokenizer,
+            assets=options.assets,
+            cameras=cameras(options.cameras),
+            frame_size=options.frame_size,
         )
         return _require_one(actor, checkpoint, options.embodiment)
+    if given := adapting(options):
+        raise ConfigError(f"{', '.join(given)}: the recipe of --recipe says it; write it there")
     from vlafit.train.step_zero import load_untrained
 
     recipe = recipe_of(options)

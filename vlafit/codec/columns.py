@@ -125,6 +125,18 @@ class Columns:
             actions[..., self._dimensions] += state[..., self._references]
         return actions
 
+    def as_recorded(self, learned: NDArray) -> NDArray[np.float64]:
+        """Return numbers [A'] of what is learned of an action for the robot's dimensions [a].
+
+        NaN for those that are not learned as they are.
+        """
+        numbers = np.full(self._action_pieces[-1].source.stop, np.nan)
+        for piece in self._action_pieces:
+            if piece.what is None:
+                numbers[piece.source] = learned[piece.target]
+        numbers[self._dimensions] = np.nan
+        return numbers
+
     def _relative_poses(
         self, states: NDArray | None
     ) -> Iterator[tuple[Pose, slice, slice, NDArray[np.float64], NDArray[np.float64]]]:

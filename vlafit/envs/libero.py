@@ -90,7 +90,9 @@ class Libero:
             name="libero-panda",
             cameras=tuple(Feature(camera, (spec.size, spec.size, 3)) for camera in cameras),
             state=Feature("state", (8,), "", (*AXES, "finger_left", "finger_right")),
-            action=Feature("action", (7,), "", (*(f"d{axis}" for axis in AXES), "gripper")),
+            action=Feature(
+                "action", (7,), "", (*(f"d{axis}" for axis in AXES), "gripper"), (-1.0,) * 7, (1.0,) * 7
+            ),
             hz=HZ,
             control="delta_pose",
             renderer=versioned(self._renderer_name),

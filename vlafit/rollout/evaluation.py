@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vlafit import arguments, files, locks
+from vlafit.agreement.camera_map import camera_options
 from vlafit.config import LONGEST_S
 from vlafit.envs import EnvSpec
 from vlafit.envs.messages import Ready
@@ -32,6 +33,7 @@ from vlafit.rollout.protocol import (
     require_unseen,
     require_versions,
 )
+from vlafit.rollout.reach import require_reach
 from vlafit.rollout.records import Record
 from vlafit.rollout.shard import Shard, Start
 from vlafit.types import Actor, Embodiment, renderer_notice, require_same
@@ -121,7 +123,9 @@ def evaluate(
             folder.reopen()
             with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
                 ready = pool.describe(list(dict.fromkeys([remaining[0], remaining[-1]])) if remaining else ())
-                _require_playable(protocol, ready, robot, wrong_instruction)
+                remedy = "" if robot is None else camera_options(robot, ready.embodiment)
+                _require_playable(protocol, ready, robot, wrong_instruction, remedy)
+                require_reach(prepared.trained, ready.embodiment, f"protocol {protocol.name!r}")
                 notice = _renderer_notice(robot, ready.embodiment)
                 folder.describe(ready, notice, prepared.agreement(ready.embodiment))
                 folder.records()  # against the instructions, which may have been unknown until now
@@ -241,14 +245,21 @@ def _env(protocol: Protocol) -> EnvSpec:
 
 
 def _require_playable(
-    protocol: Protocol, ready: Ready, trained: Embodiment | None, wrong_instruction: bool
+    protocol: Protocol,
+    ready: Ready,
+    trained: Embodiment | None,
+    wrong_instruction: bool,
+    remedy: str = "",
 ) -> None:
-    """Raise unless protocol, environment and (if it was trained) policy are compatible."""
+    """Raise unless protocol, environment and (if it was trained) policy are compatible.
+
+    The error about another robot ends with the `remedy`.
+    """
     require_versions(protocol, ready.versions)
     require_tasks(protocol, ready.instructions)
     require_actions(protocol, ready.embodiment)
     if trained:
-        require_same(trained, "the policy", ready.embodiment, f"protocol {protocol.name!r}")
+        require_same(trained, "the policy", ready.embodiment, f"protocol {protocol.name!r}", remedy)
     for task, partner in protocol.swapped.items() if wrong_instruction else ():
         if ready.instructions[task] == ready.instructions[partner]:
             raise ConfigError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, runtime_checkable
 from typing import Protocol as Structure
 
-from vlafit.agreement import Item, chosen, evaluation_items, invalid_items, replan_items
+from vlafit.agreement import Item, chosen, evaluation_items, executed_items, invalid_items, replan_items
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
 from vlafit.requests import expected_of
@@ -33,6 +33,16 @@ class TrainedActor(Actor, Structure):
     def fingerprint(self) -> str:
         """Return all that decides its actions, including the checkpoint's hash."""
         ...
+
+
+@runtime_checkable
+class LoadedActor(TrainedActor, Structure):
+    """An actor of a checkpoint's files, which says what was chosen when they were loaded."""
+
+    points: Sequence[Item]
+    """What was chosen, for the table of an evaluation."""
+    executed: int
+    """Steps of a chunk that the checkpoint's own program executes; 0: it does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +102,8 @@ class PreparedEvaluation:
             for name, stated in _plain(own).items():
                 items += chosen(f"execution: {name}", str(stated), str(_plain(used)[name]), "protocol")
         items += replan_items(used or own, self.chunk)
+        if isinstance(self.trained, LoadedActor):
+            items = [*self.trained.points, *items, *executed_items(used or own, self.trained.executed)]
         trials = str(self.protocol.trials), str(self.trials)
         items += chosen("episodes of each task", *trials, "protocol")
         if self.trained:

@@ -7,20 +7,25 @@ pretrained language weights read nonsense, and the loss does not tell.
 from collections.abc import Collection
 from pathlib import Path
 
-from vlafit import shipped
-from vlafit.checkpoints import hub
+from vlafit.checkpoints.named_tokenizer import open_named
 from vlafit.codec import prompts
 from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
-from vlafit.codec.tokenizer import load as load_tokenizer
 from vlafit.errors import CodecError, ConfigError
-from vlafit.files import expand_user
 from vlafit.nn.policy import Needs, Policy
 from vlafit.policies import family, family_name
 from vlafit.train import action_tokenizer
 from vlafit.train.data import Data
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SMALLEST_SHARE = 0.75  # of a pretrained embedding's rows; embeddings are padded by a few rows at most
+__all__ = [
+    "SMALLEST_SHARE",
+    "language_is_fresh",
+    "learn",
+    "of_family",
+    "open_named",
+    "require_fitting",
+    "require_given",
+]
 GIVE = (
     "policy.tokenizer takes a folder, a tokenizer.json, SentencePiece's .model, a Hub id, or a shipped name"
 )
@@ -31,22 +36,6 @@ def language_is_fresh(policy: Policy, fresh: Collection[str]) -> bool:
     infos = policy.parts()
     language = [info.name for info in infos if info.part == "language"] or [info.name for info in infos]
     return set(language) <= set(fresh)
-
-
-def open_named(name: str) -> Tokenizer:
-    """Return the tokenizer that `policy.tokenizer` names.
-
-    Raises ConfigError or WeightsError saying where it was looked for, CodecError where it is damaged.
-    """
-    local = expand_user(name)
-    if local.exists():
-        return load_tokenizer(local)
-    try:
-        return load_tokenizer(shipped.find("tokenizer", name))
-    except ConfigError:
-        if hub.parse(name) is None:
-            raise
-    return load_tokenizer(hub.place(name, FILES).path)
 
 
 def require_fitting(tokenizer: Tokenizer, name: str, policy: Policy, pretrained: bool) -> None:

@@ -306,7 +306,7 @@ def _actor(options: Namespace) -> tuple[Path, "Callable[[int], Actor]"]:
     ]
     here += ["--embodiment"] * bool(options.embodiment) + ["--compile"] * options.compile
     here += ["--dtype"] * (options.dtype != "float32") + ["--quantise"] * bool(options.quantise)
-    here += ["--trust"] * bool(options.trust) + ["--base"] * bool(options.base)
+    here += ["--trust"] * bool(options.trust) + ["--base"] * bool(options.base) + actors.adapting(options)
     if here:
         listed = ", ".join(here).replace("_", "-")
         raise ConfigError(f"{listed}: is decided where the policy is served; give it to `vlafit serve`")

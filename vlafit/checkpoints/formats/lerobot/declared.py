@@ -15,7 +15,7 @@ from vlafit.checkpoints.formats.lerobot import (
     relative_actions,
 )
 from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps, require_known
-from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, executed_steps, read_config
 from vlafit.checkpoints.formats.lerobot.stored_statistics import Sets
 from vlafit.errors import WeightsError
 from vlafit.types import Embodiment
@@ -62,6 +62,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         named_statistics=_named(sets),
         action_tokenizer=str(lerobot.values.get(action_tokens.NAME) or ""),
         form=read_processors.form_of(lerobot, pre),
+        executed=executed_steps(lerobot),
         overruled=(
             *features.unread(lerobot),
             *(read_processors.overruled(lerobot, pre) if pre and post else ()),

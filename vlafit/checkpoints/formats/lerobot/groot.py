@@ -20,7 +20,7 @@ from vlafit.checkpoints.formats.lerobot import features, groot_gripper, groot_gr
 from vlafit.checkpoints.formats.lerobot import groot_processors as processors
 from vlafit.checkpoints.formats.lerobot.families import require_type
 from vlafit.checkpoints.formats.lerobot.format import LeRobotAdapters
-from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, executed_steps, read_config
 from vlafit.checkpoints.formats.lerobot.write_groot import NAMES, PREFIX
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.options import LoadOptions
@@ -147,6 +147,7 @@ class LeRobotGroot(Format):
             tokenizer_tells=tells and not own.is_dir(),
             tokenizer="" if own.is_dir() else named,
             own_tokenizer=own if own.is_dir() else None,
+            executed=executed_steps(lerobot),
             named_statistics=() if "" in sets else tuple(sorted(sets)),
             overruled=features.unread(lerobot),
             form=InputForm(processors.prompt_of(pack), frames.name, "prompt", frames.crop, frames.letter_box),

@@ -123,6 +123,11 @@ def sampling_steps(config: LeRobotConfig | None) -> int | None:
     return None
 
 
+def executed_steps(config: LeRobotConfig) -> int:
+    """Return how many steps of a chunk LeRobot executes before it asks again; 0: not said."""
+    return max(config.get("n_action_steps", int) or 0, 0)
+
+
 def execution_notes(config: LeRobotConfig | None) -> tuple[str, ...]:
     """Return a note where LeRobot executes fewer steps of a chunk than it has, which nothing here repeats, or
     does not read what is said of observations.

@@ -151,8 +151,8 @@ def config_of(
         hint = f"; LeRobot takes its frames of {frame} as they are, vlafit squares" if frame else ""
         raise WeightsError(
             f"{path}: neither it nor the tensors determine {', '.join(missing)}{hint}. Give them: {given} of "
-            f"inspect and export (train: {trained}), policy.config.KEY in a recipe, config={{KEY: N}} in "
-            "Python. eval and serve take what export --to vlafit writes, or a --recipe that gives it"
+            f"inspect, eval, serve and export (train: {trained}), policy.config.KEY in a recipe, "
+            "config={KEY: N} in Python"
         )
     return build_config(family("xvla"), made, f"{path}: config")
 

@@ -173,9 +173,8 @@ def _action_tokenizer(name: str) -> FastTokenizer:
     except VlafitError as error:
         raise CodecError(
             f"{error}; another place of pi0-FAST's action tokenizer: --config codec.action_tokenizer=FOLDER "
-            "of inspect and export (train: --policy.config.codec.action_tokenizer), "
-            "config={'codec.action_tokenizer': FOLDER} in Python. eval and serve take what export --to "
-            "vlafit writes, or a --recipe that gives it"
+            "of inspect, eval, serve and export (train: --policy.config.codec.action_tokenizer), "
+            "config={'codec.action_tokenizer': FOLDER} in Python"
         ) from error
 
 

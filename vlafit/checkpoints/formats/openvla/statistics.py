@@ -23,7 +23,7 @@ from vlafit.codec.tokenizer import Tokenizer
 from vlafit.config import at
 from vlafit.errors import CodecError, WeightsError, did_you_mean
 from vlafit.nn.policy import Needs
-from vlafit.types import Embodiment, Feature
+from vlafit.types import ColumnForm, Embodiment, Feature, Gripper
 
 FILE = STATISTICS
 ARRAYS = ("mean", "std", "q01", "q99", "min", "max")
@@ -37,6 +37,9 @@ class CodecOptions:
     """Names of the cameras in order, the third person's first."""
     normalisation: Literal["openvla_quantile", "openvla_min_max"] = "openvla_quantile"
     """openvla_min_max is OFT's for ALOHA."""
+    gripper: tuple[float, ...] = ()
+    """What the robot takes for a closed and an open gripper, the last dimension, which OpenVLA's data have as
+    0 and 1: [1, -1] of LIBERO. Sent is one of the two. Empty: what the policy answers."""
     state_dims: int = 0
     """Dimensions of the robot's state, where the statistics have none and the head reads no state."""
 
@@ -149,9 +152,21 @@ def make_codec(
         max_tokens=needs.max_tokens,
         framing=needs.framing,
         unchanged=masks["action"] if any(masks["action"]) else (),
+        action_form=_gripper(options.gripper, masks["action"], f"{where}: config: openvla.gripper"),
         action_bins=None if bins is None else ActionBinConfig(bins.end, bins.longest, bins.eos, bins.ends),
     )
     return Codec(config, robot, made, words)
+
+
+def _gripper(values: tuple[float, ...], unchanged: tuple[bool, ...], where: str) -> ColumnForm:
+    """Return the form of an action whose last dimension is a gripper with the robot's two `values`."""
+    if not values:
+        return ColumnForm()
+    if len(values) != 2 or values[0] == values[1]:
+        raise CodecError(f"{where} is {list(values)}; give what the robot takes for closed and for open")
+    if not unchanged or not unchanged[-1]:
+        raise CodecError(f"{where} would have no effect: the statistics normalise the last dimension")
+    return ColumnForm(grippers=(Gripper(len(unchanged) - 1, zero=values[0], one=values[1]),))
 
 
 def _unknown(dimensions: int) -> dict[str, list[float]]:

@@ -1,0 +1,74 @@
+"""Make the codec of a checkpoint fit one robot by what its files lack and the caller says.
+
+The files of a public checkpoint name the cameras of its own program, and often neither its tokenizer nor all
+of its settings. Without any of these the codec stays what the files say.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlafit import arguments
+from vlafit.agreement import Item
+from vlafit.checkpoints.named_tokenizer import open_named
+from vlafit.codec import CodecSet
+from vlafit.codec.seen import LARGEST_FRAME, camera_items, with_cameras
+from vlafit.codec.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What the caller says of a checkpoint; see `vlafit.load_actor`."""
+
+    config: Mapping[str, object] | None = None
+    tokenizer: str | Path | Tokenizer | None = None
+    assets: str | None = None
+    cameras: Mapping[str, str] = field(default_factory=dict)
+    frame_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for arguments of another type, or an impossible size."""
+        arguments.whole("frame_size", self.frame_size, 0, LARGEST_FRAME)
+        arguments.table("cameras", self.cameras)
+        if self.assets is not None:
+            arguments.text("assets", self.assets, empty=False)
+        if self.tokenizer is not None and not isinstance(self.tokenizer, Tokenizer):
+            arguments.path("tokenizer", self.tokenizer)
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the checkpoint's files alone decide."""
+        given = self.config, self.cameras, self.frame_size
+        return not any(given) and self.tokenizer is None and self.assets is None
+
+    def open_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer. Raises as `open_named` does."""
+        words = self.tokenizer
+        return words if words is None or isinstance(words, Tokenizer) else open_named(str(words))
+
+    def applied(self, codecs: CodecSet, embodiment: str, where: str) -> tuple[CodecSet, tuple[Item, ...]]:
+        """Return the codecs with the robot's cameras, and what was chosen.
+
+        Raises ConfigError where none of several embodiments is named, and as `with_cameras` does.
+        """
+        if not self.cameras and not self.frame_size:
+            return codecs, ()
+        own = codecs.choose(embodiment, where=where, option="embodiment=NAME")
+        new = with_cameras(own, self.cameras, self.frame_size, where)
+        every = [new if codec is own else codec for codec in codecs]
+        return CodecSet(every), tuple(camera_items(own, new))
+
+    def identity(self, codecs: CodecSet) -> str:
+        """Return what it adds to the identity of an actor with these codecs; "" where it says nothing."""
+        if self.says_nothing:
+            return ""
+        digest = hashlib.sha256(json.dumps(dict(self.config or {}), sort_keys=True, default=str).encode())
+        with tempfile.TemporaryDirectory() as folder:
+            codecs.save(Path(folder))
+            for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+                digest.update(file.relative_to(folder).as_posix().encode())
+                digest.update(file.read_bytes())
+        return f" adapted sha256:{digest.hexdigest()}"
