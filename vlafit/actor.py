@@ -408,6 +408,9 @@ def load_actor(
             'data.statistics is there "checkpoint", for a policy that was trained on the robot, or "data"'
         )
     codecs, points = adaptation.applied(loaded.codecs, embodiment, str(folder))
+    declared = checkpoints.declaration(folder, base)
+    if loaded.agreement is None and len(codecs) == 1:
+        points = (*points, *adaptation.left_open(declared.unsaid, next(iter(codecs))))
     return PolicyActor(
         accelerated(with_steps(loaded.policy, steps), compile, quantise),
         codecs,
@@ -418,5 +421,5 @@ def load_actor(
         embodiment=embodiment,
         agreement=loaded.agreement,
         points=points,
-        executed=checkpoints.declaration(folder, base).executed,
+        executed=declared.executed,
     )

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from tests.checkpoints import test_openvla
 from tests.checkpoints.forms import SMOLVLA, dummy
-from tests.checkpoints.orbax_folder import write_orbax
 from tests.policies.tiny import random_policy
 from vlafit.checkpoints.formats.lerobot import names as lerobot
 from vlafit.checkpoints.formats.openpi import names as openpi
@@ -25,6 +24,7 @@ from vlafit.codec.prompts import FORMS
 from vlafit.codec.tokenizer import train_word_tokenizer
 from vlafit.policies.pi0 import Pi0Config
 
+JAX = Path(__file__).parents[1] / "fixtures" / "openpi_jax" / "ckpt_pure"
 SENTENCE = "pick up the alphabet soup and place it in the basket"
 HEADS = "vision.heads=2"  # of these tiny ones alone: public sizes tell it
 ASSET = "physical-intelligence/libero"
@@ -60,7 +60,7 @@ def pi0_config(family: str, chunk: int) -> Pi0Config:
         state_dim=32,
         action_dim=32,
         chunk=chunk,
-        max_tokens=64,
+        max_tokens=160,
     )
 
 
@@ -123,13 +123,13 @@ def write_lerobot_pi05(folder: Path, executed: int = 10, empty: int = 0) -> Path
     values |= {"chunk_size": 12, "n_action_steps": executed, "normalization_mapping": modes}
     values |= {"paligemma_variant": "dummy", "action_expert_variant": "dummy", "empty_cameras": empty}
     values |= {"max_state_dim": 32, "max_action_dim": 32, "image_resolution": [224, 224]}
-    values |= {"tokenizer_max_length": 64}
+    values |= {"tokenizer_max_length": 160}
     _write(folder, "config.json", values)
     weights = {lerobot.PI0.file_name(n): t for n, t in random_policy(config).state_dict().items()}
     dead = torch.ones(config.language.vocab, config.expert.width)
     save_file({n: t.clone() for n, t in weights.items()} | {lerobot.PI0.unused[0]: dead},
               folder / "model.safetensors")  # fmt: skip
-    words = _tokenizing(64, "google/paligemma-3b-pt-224")
+    words = _tokenizing(160, "google/paligemma-3b-pt-224")
     _normalisers(
         folder,
         modes,
@@ -155,23 +155,27 @@ def write_lerobot_smolvla(folder: Path, executed: int = 1) -> Path:
     return folder
 
 
-def write_openpi(folder: Path, family: str = "pi05", *, orbax: bool = False, padded: bool = False) -> Path:
-    """As openpi's pi0_libero and pi05_libero: PyTorch files, or Orbax. `padded`: statistics 32 wide."""
+def write_openpi(folder: Path, family: str = "pi05", *, padded: bool = False) -> Path:
+    """As openpi's pi0_libero and pi05_libero, in PyTorch. `padded`: statistics 32 wide, as older ones are."""
     folder.mkdir(parents=True)
     config = pi0_config(family, 10)
     state = {n: t.detach().clone() for n, t in random_policy(config).state_dict().items()}
-    weights = back(state, openpi.NAMES)
-    if orbax:
-        from vlafit.checkpoints.formats.openpi import write_jax  # noqa: F401
+    values = {"action_dim": 32, "action_horizon": 10, "precision": "float32"}
+    values |= {"paligemma_variant": "dummy", "action_expert_variant": "dummy"}
+    _write(folder, "config.json", values)
+    dead = torch.ones(config.language.vocab, config.expert.width)
+    weights = {n: t.contiguous() for n, t in back(state, openpi.NAMES).items()}
+    save_file(weights | {openpi.NAMES.unused[0]: dead}, folder / "model.safetensors")
+    return _write_norm_stats(folder, padded)
 
-        write_orbax(folder / "params", weights)
-    else:
-        values = {"action_dim": 32, "action_horizon": 10, "precision": "float32"}
-        values |= {"paligemma_variant": "dummy", "action_expert_variant": "dummy"}
-        _write(folder, "config.json", values)
-        dead = torch.ones(config.language.vocab, config.expert.width)
-        save_file({n: t.contiguous() for n, t in weights.items()} | {openpi.NAMES.unused[0]: dead},
-                  folder / "model.safetensors")  # fmt: skip
+
+def write_openpi_orbax(folder: Path) -> Path:
+    """As openpi's JAX code saves pi0_libero: Orbax's tree and norm_stats.json; chunks of 6."""
+    shutil.copytree(JAX / "params", folder / "params")
+    return _write_norm_stats(folder, padded=False)
+
+
+def _write_norm_stats(folder: Path, padded: bool) -> Path:
     stats = {}
     for name, numbers in (("state", STATE), ("actions", ACTION)):
         width = 32 if padded else len(numbers["mean"])

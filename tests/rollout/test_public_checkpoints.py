@@ -21,9 +21,11 @@ from tests.checkpoints.libero_folders import ACTION, STATE
 from tests.rollout.libero_like import SENTENCE, START, after, picture
 from vlafit import rollout
 from vlafit.actor import load_actor
+from vlafit.checkpoints.formats.lerobot.write_processors import codec_refusals
 from vlafit.cli import main
+from vlafit.codec import Codec
 from vlafit.envs import EnvSpec
-from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.errors import ConfigError, EmbodimentError, WeightsError
 from vlafit.execution import Execution
 from vlafit.rollout import Protocol
 from vlafit.serve.describe import describe
@@ -58,6 +60,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders.write_lerobot_smolvla(root / "smolvla_libero")
     folders.write_openpi(root / "pi05_libero", "pi05")
     folders.write_openpi(root / "pi0_libero", "pi0", padded=True)
+    folders.write_openpi_orbax(root / "pi0_libero_jax")
     folders.write_oft(root / "oft", tokenizer=root / "paligemma")
     return root
 
@@ -100,8 +103,9 @@ def _cropped(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(middle, np.float64)
 
 
-def _bins(state: np.ndarray) -> str:
-    normal = 2 * (state - S["q01"]) / (S["q99"] - S["q01"]) - 1
+def _bins(state: np.ndarray, padded: int = 8) -> str:
+    """The prompt of LeRobot's pi0.5; LeRobot 0.4 padded the state before (pad_vector)."""
+    normal = np.pad(2 * (state - S["q01"]) / (S["q99"] - S["q01"]) - 1, (0, padded - 8))
     bins = np.digitize(normal, np.linspace(-1, 1, 257)[:-1]) - 1
     return f"Task: {SENTENCE}, State: {' '.join(map(str, bins))};\nAction: "
 
@@ -129,6 +133,13 @@ CASES = [
         _interpolated, _bins, None, _quantiles_back,
     ),
     Case(
+        "pi05_libero_finetuned", 360, 10,
+        {
+            "config": {"vision.heads": 2, "lerobot.prompt_state": 32}, "cameras": LEROBOT, "tokenizer": True,
+        },
+        _interpolated, lambda state: _bins(state, 32), None, _quantiles_back,
+    ),
+    Case(
         "smolvla_libero", 360, 10, {"cameras": LEROBOT},
         _interpolated, lambda _: f"{SENTENCE}\n",
         lambda state: (state - S["mean"]) / (S["std"] + 1e-8),
@@ -149,6 +160,15 @@ CASES = [
         grey=1.01,
     ),
     Case(
+        "pi0_libero_jax", 256, 5,
+        {
+            "config": {"chunk": 6, "codec.relative": [True] * 6 + [False]},
+            "cameras": OPENPI, "tokenizer": True,
+        },
+        _pil, lambda _: f"{SENTENCE}\n", lambda state: (state - S["mean"]) / (S["std"] + 1e-6), _pi0_back,
+        grey=1.01,
+    ),
+    Case(
         "oft", 256, 8, {"config": OFT | OFT_CAMERAS | {"openvla.gripper": [1.0, -1.0]}}, _cropped,
         lambda _: f"In: What action should the robot take to {SENTENCE}?\nOut:",
         lambda s: np.clip(2 * (s - S["q01"]) / (S["q99"] - S["q01"] + 1e-8) - 1, -1, 1), _oft_back, grey=12.0,
@@ -156,7 +176,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{len(case.load.get('config', {}))}")
 def test_the_policy_sees_and_the_robot_gets_what_the_checkpoints_own_program_makes(
     case: Case, public: Path, tmp_path: Path
 ):
@@ -243,7 +263,7 @@ def test_of_openpi_s_three_cameras_the_last_is_proposed_to_be_empty(public: Path
         rollout.evaluate(actor, protocol(256, 5), tmp_path / "out", workers=1)
     proposed = "base_0_rgb=agentview left_wrist_0_rgb=wrist right_wrist_0_rgb= --frame-size 256"
     assert proposed in str(raised.value)
-    assert actor.points == ()
+    assert {item.name for item in actor.points} == {"prompt", "relative actions"}
 
 
 def test_a_gripper_of_openvla_s_data_is_refused_where_it_would_never_open(public: Path, tmp_path: Path):
@@ -269,6 +289,48 @@ def test_steps_that_another_program_executes_are_named_where_they_differ(public:
             execution=Execution("chunk", replan=replan),
         )
         assert any(item.name == "steps executed" for item in result.agreement) == said
+
+
+def test_what_the_files_leave_open_is_in_the_table_with_how_to_say_it(public: Path):
+    def points(name: str, **config: object) -> dict[str, tuple[str, str, str]]:
+        actor = load_actor(
+            public / name,
+            config={"vision.heads": 2} | config,
+            tokenizer=public / "paligemma",
+            device="cpu",
+        )
+        return {item.name: (item.value, item.status, item.reason) for item in actor.points}
+
+    value, status, how = points("pi05_libero_finetuned")["prompt"]
+    assert "8 numbers" in value and status == "assumed" and "lerobot.prompt_state=32" in how
+    assert points("pi05_libero_finetuned", **{"lerobot.prompt_state": 32})["prompt"][1] == "chosen"
+    of_openpi = points("pi05_libero")
+    assert of_openpi["prompt"][1] == "assumed" and "state_input=none" in of_openpi["prompt"][2]
+    assert of_openpi["relative actions"][:2] == ("absolute", "assumed")
+    assert points("pi05_libero", state_input="none")["prompt"][:2] == (
+        "pi0, with no numbers of the state",
+        "chosen",
+    )
+    relative = points("pi0_libero", **{"codec.relative": [True] * 6 + [False]})
+    assert relative["relative actions"][1] == "chosen" and "prompt" not in relative
+
+
+def test_a_state_in_the_prompt_that_cannot_be_padded_so_is_refused(public: Path, tmp_path: Path):
+    load = {"tokenizer": public / "paligemma", "device": "cpu"}
+    for name, count, said in (
+        ("pi05_libero_finetuned", 4, "8 dimensions"),
+        ("pi05_libero", 32, "lerobot.prompt_state"),
+    ):
+        with pytest.raises(Exception, match=said):
+            load_actor(public / name, config={"vision.heads": 2, "lerobot.prompt_state": count}, **load)
+    with pytest.raises(WeightsError, match="holds no state"):
+        load_actor(public / "smolvla_libero", config={"lerobot.prompt_state": 32}, device="cpu")
+    actor = load_actor(
+        public / "pi05_libero_finetuned", config={"vision.heads": 2, "lerobot.prompt_state": 32}, **load
+    )
+    actor.codec.save(tmp_path)
+    assert Codec.load(tmp_path).config.prompt_state == 32
+    assert any("32 numbers" in one for one in codec_refusals(actor.codec, "pi05"))
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,18 @@ of its settings. Without any of these the codec stays what the files say.
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlafit import arguments
-from vlafit.agreement import Item
+from vlafit.agreement import Item, describe_mask
 from vlafit.checkpoints.named_tokenizer import open_named
-from vlafit.codec import CodecSet
+from vlafit.codec import Codec, CodecSet
+from vlafit.codec.prompts import holds_state
 from vlafit.codec.seen import LARGEST_FRAME, camera_items, with_cameras
 from vlafit.codec.tokenizer import Tokenizer
+from vlafit.policies import merge_dotted
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,23 @@ class Adaptation:
         new = with_cameras(own, self.cameras, self.frame_size, where)
         every = [new if codec is own else codec for codec in codecs]
         return CodecSet(every), tuple(camera_items(own, new))
+
+    def left_open(self, unsaid: Mapping[str, str], codec: Codec) -> Iterator[Item]:
+        """Yield what holds where the checkpoint's files leave it open (`Declaration.unsaid`)."""
+        config, given = codec.config, merge_dotted({}, self.config or {})
+        prompt = ""
+        if config.prompt is not None and (holds_state(config.prompt) or "state_input" in given):
+            count = max(config.prompt_state, codec.columns.state_dimensions) * holds_state(config.prompt)
+            prompt = f"{config.prompt}, with {count or 'no'} numbers of the state"
+        values = {"relative actions": describe_mask(config.relative), "prompt": prompt}
+        said = {
+            "relative actions": "relative" in given.get("codec", {}),
+            "prompt": "state_input" in given or "lerobot" in given,
+        }
+        for name, how in unsaid.items():
+            if values[name]:
+                status = "chosen" if said[name] else "assumed"
+                yield Item(name, {}, values[name], status, "config" if said[name] else how)
 
     def identity(self, codecs: CodecSet) -> str:
         """Return what it adds to the identity of an actor with these codecs; "" where it says nothing."""

@@ -1,6 +1,7 @@
 """Read what a foreign checkpoint's files declare about robot, actions and tokenizer."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +78,8 @@ class Declaration:
     """How prompts and frames are made; None: as the policy's family does it."""
     executed: int = 0
     """Steps of a chunk that its program executes before it asks again; 0 where its files do not say."""
+    unsaid: Mapping[str, str] = field(default_factory=dict)
+    """Items of an agreement that this program's files leave open -> who had which, and how to say so."""
     overruled: tuple[Overruled, ...] = ()
     """Settings on which its files differ, where the program follows one of them."""
     agreement: Agreement | None = None

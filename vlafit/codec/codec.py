@@ -298,7 +298,8 @@ class Codec:
             return None, None
         if not instruction.strip():
             raise CodecError("the instruction is empty; a policy must be told what to do")
-        text = FORMS[self.config.prompt].pieces(instruction, state)
+        zeros = max(0, self.config.prompt_state - len(state))
+        text = FORMS[self.config.prompt].pieces(instruction, np.pad(state, (0, zeros)) if zeros else state)
         cached = self._prompts.get(text)
         if cached is None:
             if len(self._prompts) >= CACHED_PROMPTS:

@@ -9,7 +9,7 @@ from vlafit.codec.action_text import ActionTokenConfig
 from vlafit.codec.columns import Columns
 from vlafit.codec.images import MIDDLES, Framing
 from vlafit.codec.normaliser import OPENVLA, MixedNormaliser, Normalisation, Normaliser
-from vlafit.codec.prompts import FORMS, Prompt
+from vlafit.codec.prompts import FORMS, Prompt, holds_state
 from vlafit.codec.statistics import Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError
@@ -23,6 +23,7 @@ AT_MOST = {
     "max_tokens": 2**15,
     "history": 2**10,
     "valid_steps": 2**13,
+    "prompt_state": 2**10,
 }
 """Largest sizes of a codec. Memory grows with each, so that a damaged one would take all of a machine's."""
 
@@ -80,6 +81,8 @@ class CodecConfig:
     """How each learned dimension of the state is normalised, where that differs between them."""
     action_methods: tuple[Normalisation, ...] = ()
     """How each learned dimension of an action is normalised, where that differs between them."""
+    prompt_state: int = 0
+    """Numbers of the state in a prompt that holds it, zeros added at its end; 0: only the state's own."""
     valid_steps: int = 0
     """Steps of a chunk that were trained, the first ones; others are masked and not answered. 0: all."""
 
@@ -143,6 +146,13 @@ def require_consistent(
     """Raise CodecError or EmbodimentError where these do not belong together."""
     _require_inputs(config, robot, tokenizer)
     _require_dimensions(config, robot, columns, statistics)
+    if config.prompt_state and not holds_state(config.prompt):
+        raise CodecError("codec config: prompt_state would have no effect: the prompt holds no state")
+    if 0 < config.prompt_state < columns.state_dimensions:
+        raise CodecError(
+            f"codec config: prompt_state is {config.prompt_state}, and the state has "
+            f"{columns.state_dimensions} dimensions"
+        )
     if not 0 <= config.valid_steps <= config.chunk:
         raise CodecError(f"codec config: valid_steps is {config.valid_steps}, and a chunk has {config.chunk}")
     bins = config.action_bins

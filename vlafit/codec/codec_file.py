@@ -21,7 +21,7 @@ FORMAT = 1  # of codec.json with one embodiment, which has no number
 SEVERAL = 2  # of codec.json whose embodiments have numbers
 COLUMNS = ("relative_to", "state_form", "action_form", "state_methods", "action_methods", "valid_steps")
 """Fields that are only written where they are not the defaults, as those in `ALONE`."""
-ALONE = ("action_tokens", "action_bins", "crop", "letter_box")
+ALONE = ("action_tokens", "action_bins", "crop", "letter_box", "prompt_state")
 OWN = ("cameras", "normalisation", "action_normalisation", "relative", "unchanged", "letter_box", *COLUMNS)
 """Fields of the config that may differ between embodiments; the others describe the policy's input."""
 ADDED = {"unchanged", "letter_box", *COLUMNS}  # fields that codecs of earlier versions lack

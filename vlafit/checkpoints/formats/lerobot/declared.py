@@ -10,6 +10,7 @@ from vlafit.checkpoints.formats.lerobot import (
     action_tokens,
     families,
     features,
+    prompt_state,
     read_buffers,
     read_processors,
     relative_actions,
@@ -63,6 +64,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         action_tokenizer=str(lerobot.values.get(action_tokens.NAME) or ""),
         form=read_processors.form_of(lerobot, pre),
         executed=executed_steps(lerobot),
+        unsaid={"prompt": prompt_state.HOW} if lerobot.values["type"] == "pi05" else {},
         overruled=(
             *features.unread(lerobot),
             *(read_processors.overruled(lerobot, pre) if pre and post else ()),

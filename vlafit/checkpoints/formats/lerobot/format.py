@@ -28,6 +28,7 @@ from vlafit.checkpoints.formats.lerobot import (
     features,
     names,
     pi0_fast,
+    prompt_state,
     read_buffers,
     read_processors,
     xvla,
@@ -48,7 +49,7 @@ from vlafit.checkpoints.formats.lerobot.smolvla_config import smolvla_evidence
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.infer import ConfigEvidence, shape_table, variant_of, variant_tensors
 from vlafit.checkpoints.name_map import NameMap, Translated, translate
-from vlafit.checkpoints.options import LoadOptions
+from vlafit.checkpoints.options import LoadOptions, OptionTable
 from vlafit.checkpoints.voting import Witness, depth_of
 from vlafit.codec import Codec
 from vlafit.codec.described import learned
@@ -157,6 +158,7 @@ class LeRobot(Format):
     takes_deferred = True
     holds_columns = True  # of GR00T, LIBERO's gripper; `refusals` names everything else
     layouts = names.LAYOUTS
+    options = (OptionTable("lerobot", "LeRobot's pi0.5: how many numbers of the state its prompt holds"),)
     adapters = LeRobotAdapters()
 
     def detect(self, files: CheckpointFiles) -> bool:
@@ -207,6 +209,8 @@ class LeRobot(Format):
             raise WeightsError(f"{opened.path}: tokenizer would have no effect: {reason}")
         elif asset is not None:
             raise WeightsError(f"{opened.path}: assets would have no effect: {reason}")
+        if table := options.config.table("lerobot"):
+            codec = prompt_state.padded(codec, table, opened.path, reason)
         chosen = ChosenCodec(codec, reason)
         return xvla.finish_codec(chosen, opened, policy, options) if opened.family == "xvla" else chosen
 

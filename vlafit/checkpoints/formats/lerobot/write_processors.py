@@ -49,6 +49,11 @@ def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
         refusals.append(
             f"LeRobot asks {kind} with a prompt of the form {wanted[0]!r}, this codec with {config.prompt!r}"
         )
+    if config.prompt_state:
+        refusals.append(
+            f"its prompt holds {config.prompt_state} numbers of the state, zeros at the end, as in LeRobot "
+            "0.4; LeRobot 0.6 writes only the state's own"
+        )
     if kind in ("smolvla", "xvla") and any(config.relative):
         refusals.append(
             f"LeRobot makes {kind}'s processors without a step for relative actions, so vlafit writes none "

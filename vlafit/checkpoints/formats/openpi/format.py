@@ -35,7 +35,17 @@ class OpenPiAdapters(AdapterSupport):
         return ["openpi's PyTorch code loads no adapters: add --merge"]
 
 
-DECLARED = Declaration(slots=norm_stats.CAMERAS, says_relative=False, says_frame_sizes=False)
+RELATIVE = (
+    "openpi's files do not tell; those of its pi0_libero and pi0_fast_libero are relative: --config "
+    "'codec.relative=[true, true, true, true, true, true, false]'"
+)
+STATE = "openpi's files do not tell; its pi05_libero has no state in the prompt: --config state_input=none"
+DECLARED = Declaration(
+    slots=norm_stats.CAMERAS,
+    says_relative=False,
+    says_frame_sizes=False,
+    unsaid={"relative actions": RELATIVE, "prompt": STATE},
+)
 """The declaration of every checkpoint of openpi, whose files do not describe the robot."""
 
 
