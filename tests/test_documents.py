@@ -36,8 +36,18 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glo
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "eval/README.md", *PAGES]
 GUIDES = ["README.md", *PAGES]  # what users copy commands from
 RESULTS = ROOT / "eval" / "results"
-PUBLIC = {"lerobot/pi0_base", "lerobot/pi05_base", "lerobot/smolvla_base"}  # ids of the Hugging Face Hub
-THEIR_OWN = {"openpi_pi0_base", "openvla-7b", "pytorch_model.bin"}  # files that a reader has, or downloads
+PUBLIC = {  # ids of the Hugging Face Hub
+    *("lerobot/pi0_base", "lerobot/pi05_base", "lerobot/smolvla_base"),
+    *("lerobot/pi05_libero_finetuned", "lerobot/pi0_libero_finetuned", "HuggingFaceVLA/smolvla_libero"),
+}
+THEIR_OWN = {
+    "openpi_pi0_base",
+    "openvla-7b",
+    "pytorch_model.bin",
+    "pi05_libero",
+    "pi0_libero",
+    "oft",
+}  # files that a reader has, or downloads
 LAUNCH = "-m vlafit "
 
 

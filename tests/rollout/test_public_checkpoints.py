@@ -311,6 +311,8 @@ def test_what_the_files_leave_open_is_in_the_table_with_how_to_say_it(public: Pa
         "pi0, with no numbers of the state",
         "chosen",
     )
+    oft = load_actor(public / "oft", config=OFT | OFT_CAMERAS, device="cpu").points
+    assert [(i.name, i.status, "openvla.gripper" in i.reason) for i in oft] == [("gripper", "assumed", True)]
     relative = points("pi0_libero", **{"codec.relative": [True] * 6 + [False]})
     assert relative["relative actions"][1] == "chosen" and "prompt" not in relative
 

@@ -70,9 +70,15 @@ class Adaptation:
         if config.prompt is not None and (holds_state(config.prompt) or "state_input" in given):
             count = max(config.prompt_state, codec.columns.state_dimensions) * holds_state(config.prompt)
             prompt = f"{config.prompt}, with {count or 'no'} numbers of the state"
-        values = {"relative actions": describe_mask(config.relative), "prompt": prompt}
+        grippers = "; ".join(f"{one.zero:g} closed, {one.one:g} open" for one in config.action_form.grippers)
+        values = {
+            "relative actions": describe_mask(config.relative),
+            "prompt": prompt,
+            "gripper": grippers or "as in its data" * any(config.unchanged),
+        }
         said = {
             "relative actions": "relative" in given.get("codec", {}),
+            "gripper": bool(grippers),
             "prompt": "state_input" in given or "lerobot" in given,
         }
         for name, how in unsaid.items():

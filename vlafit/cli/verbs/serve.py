@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlafit.cli import actor as actors
+from vlafit.cli.console import differences_table
 from vlafit.cli.parser import EXECUTION_MODES, Parser, within
 from vlafit.cli.places import checkpoint_folder
 from vlafit.config import LONGEST_S
@@ -135,6 +136,10 @@ def run(arguments: Sequence[str]) -> int:
         seed=options.seed,
         device=options.device,
     )
+    if actor.points and actor.agreement is None:
+        from vlafit.agreement import Agreement
+
+        print(differences_table(Agreement(actor.points, (), (), ("protocol", "checkpoint"))))
     described = describe(actor)
 
     def ready(address: str) -> None:

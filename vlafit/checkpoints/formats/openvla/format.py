@@ -30,6 +30,10 @@ from vlafit.policies.openvla import TOKEN_HEADS, OpenVLA
 
 MAX_TOKENS = 96  # of a prompt; no program limits it
 ROOM = 32  # dimensions of a state that is not read, where nothing says how many there are; pi0's
+GRIPPER = (
+    "OpenVLA's data have 0 for a closed and 1 for an open one; a robot that takes others for them: --config "
+    "'openvla.gripper=[CLOSED, OPEN]' ([1, -1] of LIBERO)"
+)
 STEP = "vlafit"  # in the names of component files, where OFT has the training step
 COMPONENTS = {
     "action_head": names.HEAD,
@@ -179,6 +183,7 @@ class OpenVLAFormat(Format):
             says_relative=False,
             says_frame_sizes=False,
             own_tokenizer=_own_tokenizer(files.folder),
+            unsaid={"gripper": GRIPPER},
             codec_options="policy.config.openvla.cameras" if named else "",
             named_statistics=named if len(named) > 1 else (),  # the only set needs no choice
         )
