@@ -13,7 +13,7 @@ from tests.rollout.toy_env import robot
 from vlafit import cli
 from vlafit.errors import VlafitError
 from vlafit.rollout import Protocol, Shard, evaluate, merge
-from vlafit.rollout.against import read_earlier
+from vlafit.rollout.earlier import read_earlier
 
 Make = Callable[..., Protocol]
 HEADER, EPISODES, RESULT = "evaluation.json", "episodes.jsonl", "result.json"

@@ -14,7 +14,7 @@ from vlafit import score
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.report.evaluations import read_evaluation
 from vlafit.rollout import Protocol, Shard, evaluate, merge
-from vlafit.rollout.against import read_earlier
+from vlafit.rollout.earlier import read_earlier
 from vlafit.rollout.records import EpisodePlan, Record
 
 Make = Callable[..., Protocol]

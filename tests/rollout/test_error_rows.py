@@ -15,7 +15,7 @@ from vlafit.envs import EnvSpec
 from vlafit.envs.messages import Reset
 from vlafit.errors import ConfigError
 from vlafit.rollout import Protocol, evaluate
-from vlafit.rollout.against import read_earlier
+from vlafit.rollout.earlier import read_earlier
 from vlafit.rollout.env_pool import Advanced, Broken, EnvPool, EnvSlot
 from vlafit.rollout.records import read_records
 

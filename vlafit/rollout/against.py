@@ -1,44 +1,23 @@
 """Compare an evaluation with an earlier one at the starts that both played, and stop as soon as they differ.
 
-The earlier one is a folder of `vlafit eval`, a run (its evaluation after training), or a published run. It is
-not played again: an outcome belongs to its task and seed.
+The earlier one (`vlafit.rollout.earlier`) is not played again: an outcome belongs to its task and seed.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vlafit import files
 from vlafit.config import build
-from vlafit.errors import ConfigError, brief
-from vlafit.files import plain_text
-from vlafit.rollout.evaluation_folder import EvaluationFolder
+from vlafit.errors import ConfigError
+from vlafit.execution import Execution
+from vlafit.rollout.earlier import Earlier
 from vlafit.rollout.protocol import Protocol
-from vlafit.rollout.records import Record, read_records
 from vlafit.rollout.shard import Start
 
 ALPHA = 0.05  # probability of telling two policies apart that are alike
 DECIDES_STARTS = ("horizon", "settle_steps", "settle_action", "success", "versions")
-BESIDE = ("name", "purpose", "references", "tasks", "trials", "first_seed", "timeout_s", "swapped", "width")
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """The outcomes of an earlier evaluation. `protocol` is empty where only its hash was published."""
-
-    path: Path
-    outcomes: Mapping[Start, bool | None]
-    protocol: Mapping[str, Any]
-    protocol_sha256: str
-    wrong_instruction: bool
-
-    def sha256(self) -> str:
-        """Return a hash of the outcomes."""
-        listed = sorted([task, seed, success] for (task, seed), success in self.outcomes.items())
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+BESIDE = ("name", "purpose", "references", "tasks", "trials", "first_seed", "timeout_s", "swapped")
 
 
 @dataclass(frozen=True)
@@ -102,69 +81,22 @@ class Comparison:
         return "\n".join(lines)
 
 
-def read_earlier(path: str | Path, wrong_instruction: bool = False) -> Earlier:
-    """Read the outcomes of an evaluation, a run, or a published run. Raises ConfigError with the reason.
-
-    Of a run, it is the evaluation after training, or with `wrong_instruction` that of the control.
-    """
-    path = Path(path)
-    name = "wrong_instruction" if wrong_instruction else "after"
-    for folder in (path, path / "eval" / name):
-        if (folder / "evaluation.json").is_file():
-            return _of_evaluation(folder)
-    if (path / "report.json").is_file() and (path / f"episodes_{name}.jsonl").is_file():
-        return _of_published(path, name)
-    raise ConfigError(
-        f"{path}: holds no evaluation to compare with: neither evaluation.json, nor "
-        f"eval/{name}/evaluation.json, nor report.json with episodes_{name}.jsonl; name a folder that "
-        "`vlafit eval` or `vlafit train` wrote"
-    )
-
-
-def _of_evaluation(path: Path) -> Earlier:
-    folder = EvaluationFolder(path, {})
-    folder.read()
-    identity = folder.identity
-    _require_rows(path / "episodes.jsonl")
-    records = folder.records()
-    folder.require_counted(records)
-    protocol, wrong = dict(identity["protocol"]), bool(identity["wrong_instruction"])
-    return Earlier(path, _outcomes(records), protocol, str(identity["protocol_sha256"]), wrong)
-
-
-def _of_published(folder: Path, name: str) -> Earlier:
-    report, path = folder / "report.json", folder / f"episodes_{name}.jsonl"
-    try:
-        facts = files.parse_json(plain_text(report))["evaluations"][name]
-        sha256 = str(facts["protocol_sha256"])
-        listed = {(str(e["task"]), int(e["seed"])): (e["success"], e["steps"]) for e in facts["episodes"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{report}: damaged, or without evaluation {name!r} ({brief(error)})") from error
-    records = read_records(path, None)
-    rows = {(record.task, record.seed): (record.success, record.steps) for record in records}
-    for start in listed.keys() | rows.keys():
-        there, here = listed.get(start, "no such episode"), rows.get(start, "no such episode")
-        if there != here:
-            raise ConfigError(
-                f"{path}: task {start[0]}, seed {start[1]}: (success, steps) is {here}, but {report} says "
-                f"{there}; one of the two was changed: fetch both again"
-            )
-    return Earlier(folder, _outcomes(records), {}, sha256, name == "wrong_instruction")
-
-
-def _require_rows(path: Path) -> None:
-    if not path.is_file():
-        raise ConfigError(f"{path}: missing; no episode of this evaluation has ended")
-
-
-def _outcomes(records: Iterable[Record]) -> dict[Start, bool | None]:
-    return {(record.task, record.seed): record.success for record in records}
+def plain_execution(execution: Execution) -> dict[str, Any]:
+    """Return an execution as plain values; evaluations are older than `guidance.prefix`."""
+    values = asdict(execution)
+    if execution.guidance.prefix == "auto":
+        del values["guidance"]["prefix"]
+    return values
 
 
 def require_comparable(
-    earlier: Earlier, protocol: Protocol, wrong_instruction: bool, starts: Iterable[Start]
+    earlier: Earlier,
+    protocol: Protocol,
+    wrong_instruction: bool,
+    starts: Iterable[Start],
+    execution: Execution | None = None,
 ) -> tuple[str, ...]:
-    """Return what else differs.
+    """Return what else differs; `execution` is that of this evaluation, None: as its protocol says.
 
     Raises ConfigError where equal seeds are not equal starts, or no start is shared.
     """
@@ -174,14 +106,17 @@ def require_comparable(
         )
     here = protocol.to_json()
     differs = ["wrong_instruction"] if wrong_instruction != earlier.wrong_instruction else []
+    if not earlier.protocol and earlier.protocol_sha256 in protocol.hashes():
+        earlier = replace(earlier, protocol=here)
     if not earlier.protocol:
-        if earlier.protocol_sha256 != protocol.sha256():
-            raise ConfigError(
-                f"{earlier.path}: was evaluated under another protocol, which is not published (sha256 "
-                f"{earlier.protocol_sha256[:12]} there, {protocol.sha256()[:12]} here)"
-            )
-        return tuple(differs)
-    there = build(Protocol, earlier.protocol, str(earlier.path)).to_json()
+        raise ConfigError(
+            f"{earlier.path}: its protocol {earlier.protocol_name!r} is not published: "
+            f"its sha256 is {earlier.protocol_sha256[:12]}, and {protocol.name!r} here has "
+            f"{protocol.sha256()[:12]}. Nobody knows whether its starts are the same; evaluate that policy "
+            "again, or compare with another folder"
+        )
+    played = build(Protocol, earlier.protocol, str(earlier.path))
+    there = played.to_json()
     wrong = [
         f"{key}: {there[key]} there, {here[key]} here" for key in DECIDES_STARTS if there[key] != here[key]
     ]
@@ -193,10 +128,29 @@ def require_comparable(
             f"{earlier.path} cannot be compared with protocol {protocol.name!r}: equal seeds are not equal "
             f"starts, or success means another thing:\n  {listed}"
         )
-    differs += [f"env.{key}" for key in here["env"] if there["env"][key] != here["env"][key]]
+    if played.sha256() != earlier.protocol_sha256 in played.hashes():
+        differs.append("pictures of the renderer (an earlier version's there)")
+    differs += _unlike("env.", there["env"], here["env"], here["env"])
     same = {*DECIDES_STARTS, *BESIDE, "env"}
-    differs += [key for key in here if key not in same and there[key] != here[key]]
+    differs += _unlike("", there, here, [key for key in here if key not in same])
+    if earlier.execution is not None:
+        executed = earlier.execution or plain_execution(Execution(replan=played.replan))
+        now = plain_execution(execution or Execution(replan=protocol.replan))
+        besides = [key for key in now if key != "replan" or there["replan"] == here["replan"]]
+        differs += _unlike("execution.", executed, now, besides)
     return tuple(differs)
+
+
+def _unlike(prefix: str, there: Mapping[str, Any], here: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Name the keys of which the values differ, with the values if they are short."""
+    names = []
+    for key in keys:
+        values = there.get(key), here.get(key)
+        if values[0] != values[1]:
+            short = all(isinstance(value, str | int | float) and len(str(value)) < 30 for value in values)
+            shown = f" ({values[0]} there, {values[1]} here)" if short else ""
+            names.append(f"{prefix}{key}{shown}")
+    return names
 
 
 def compare(

@@ -18,11 +18,11 @@ from vlafit.errors import ConfigError
 from vlafit.execution import Execution
 from vlafit.observations import short
 from vlafit.rollout import memory
-from vlafit.rollout.against import Earlier, compare, require_comparable
+from vlafit.rollout.against import compare, require_comparable
 from vlafit.rollout.env_pool import EnvPool
 from vlafit.rollout.evaluation_folder import EvaluationFolder, Result
 from vlafit.rollout.play import EpisodeRequest, PlayOptions, play
-from vlafit.rollout.prepared import prepare, tasks_of
+from vlafit.rollout.prepared import PreparedEvaluation, prepare, tasks_of
 from vlafit.rollout.protocol import (
     AT_MOST,
     WIDTH,
@@ -150,23 +150,21 @@ def evaluate(
                         break
         end = prepared.end(done)
         counted = dict.fromkeys(order[:end])
-        more, notices = _verdict(done, counted, prepared.rival, protocol, wrong_instruction, end is not None)
+        more, notices = _verdict(done, counted, prepared, stopped=end is not None)
         records = [done[start] for start in wanted if start in counted]
         return folder.finish(records, prepared.tasks, round(time.monotonic() - started, 1), more, notices)
 
 
 def _verdict(
-    done: Mapping[Start, Record],
-    counted: Collection[Start],
-    rival: Earlier | None,
-    protocol: Protocol,
-    wrong_instruction: bool,
-    stopped: bool,
+    done: Mapping[Start, Record], counted: Collection[Start], prepared: PreparedEvaluation, *, stopped: bool
 ) -> tuple[dict[str, object], list[str]]:
     """Return what result.json says of the comparison, and the notices to show."""
+    rival = prepared.rival
     if rival is None:
         return {}, []
-    differs = require_comparable(rival, protocol, wrong_instruction, counted)
+    differs = require_comparable(
+        rival, prepared.protocol, prepared.wrong_instruction, counted, prepared.execution
+    )
     comparison = compare({start: done[start].success for start in counted}, rival, differs, stopped=stopped)
     early = [f"STOPPED EARLY: after {len(counted)} starts."] if stopped else []
     return {"against": comparison.to_json()}, [*early, str(comparison)]

@@ -5,14 +5,15 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, runtime_checkable
 from typing import Protocol as Structure
+from typing import runtime_checkable
 
 from vlafit.agreement import Item, chosen, evaluation_items, executed_items, invalid_items, replan_items
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
 from vlafit.requests import expected_of
-from vlafit.rollout.against import ALPHA, Earlier, read_earlier, require_comparable, stop_after
+from vlafit.rollout.against import ALPHA, plain_execution, require_comparable, stop_after
+from vlafit.rollout.earlier import Earlier, read_earlier
 from vlafit.rollout.evaluation_folder import FORMAT
 from vlafit.rollout.protocol import Protocol, require_unseen
 from vlafit.rollout.records import Record
@@ -89,7 +90,7 @@ class PreparedEvaluation:
             "tasks": list(self.tasks),
             "trials": self.trials,
             "wrong_instruction": self.wrong_instruction,
-            **({"execution": _plain(self.execution)} if self.execution else {}),
+            **({"execution": plain_execution(self.execution)} if self.execution else {}),
             **({"shard": [self.shard.number, self.shard.count]} if self.shard else {}),
             **({"stop_early": {"against": rival.sha256(), "alpha": ALPHA}} if rival and early else {}),
         }
@@ -99,8 +100,10 @@ class PreparedEvaluation:
         items = evaluation_items(self.robot, robot, "protocol") if self.robot else []
         own, used = Execution(replan=self.protocol.replan), self.execution
         if used is not None:
-            for name, stated in _plain(own).items():
-                items += chosen(f"execution: {name}", str(stated), str(_plain(used)[name]), "protocol")
+            for name, stated in plain_execution(own).items():
+                items += chosen(
+                    f"execution: {name}", str(stated), str(plain_execution(used)[name]), "protocol"
+                )
         items += replan_items(used or own, self.chunk)
         if isinstance(self.trained, LoadedActor):
             items = [*self.trained.points, *items, *executed_items(used or own, self.trained.executed)]
@@ -144,7 +147,7 @@ def prepare(
         execution.require_chunk(chunk)
     if shorter := (execution or Execution(replan=protocol.replan)).shortened(chunk):
         log.warning("protocol %r: %s", protocol.name, shorter)
-    rival = _rival(against, protocol, wrong_instruction, starts, stop_early, shard)
+    rival = _rival(against, protocol, wrong_instruction, starts, stop_early, shard, execution)
     return PreparedEvaluation(
         protocol=protocol,
         actor_name=trained.fingerprint() if trained else type(actor).__name__,
@@ -200,6 +203,7 @@ def _rival(
     starts: Sequence[Start],
     stop_early: bool,
     shard: Shard | None,
+    execution: Execution | None,
 ) -> Earlier | None:
     """Return the evaluation to compare with. Raises ConfigError where the two cannot be compared."""
     if against is None:
@@ -208,17 +212,9 @@ def _rival(
         return None
     if stop_early and shard:
         raise ConfigError("stop_early: a shard cannot know when all are told apart; leave out one of the two")
-    rival = read_earlier(against, wrong_instruction)
-    require_comparable(rival, protocol, wrong_instruction, starts)
+    rival = read_earlier(against, wrong_instruction, protocol)
+    require_comparable(rival, protocol, wrong_instruction, starts, execution)
     return rival
-
-
-def _plain(execution: Execution) -> dict[str, Any]:
-    """Return an execution as plain values; evaluations are older than `guidance.prefix`."""
-    values = dataclasses.asdict(execution)
-    if execution.guidance.prefix == "auto":
-        del values["guidance"]["prefix"]
-    return values
 
 
 def _execution(execution: Execution | None, protocol: Protocol, actor: Actor) -> Execution | None:
