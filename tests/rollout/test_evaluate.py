@@ -295,9 +295,13 @@ def test_chunks_shorter_than_the_replan_interval_are_executed_whole(protocol: Ma
 
 
 def test_settling_steps_come_before_the_policy_and_are_not_counted(protocol: Make, tmp_path: Path) -> None:
-    settled = protocol("left", trials=1, settle_steps=20, settle_action=(-1.0, 0.0), horizon=1, replan=1)
-    got = evaluate(Saying([[0, 0]]), settled, tmp_path, workers=1, videos=1)
-    assert got.rate == 1 and got.records[0].steps == 1  # it was pushed into the goal before the first look
+    def begun(name: str, **changes: object) -> Record:
+        short = protocol("left", trials=1, horizon=6, replan=6, **changes)
+        return evaluate(Saying([[-1, 0]] * 6), short, tmp_path / name, workers=1, videos=1).records[0]
+
+    assert begun("at its start").success is False
+    settled = begun("nearer", settle_steps=4, settle_action=(-1.0, 0.0))
+    assert settled.success is True and 1 <= settled.steps <= 6  # it was pushed there before the first look
 
 
 def test_another_renderer_is_told_and_the_evaluation_goes_on(

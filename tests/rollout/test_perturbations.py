@@ -1,12 +1,13 @@
 """A protocol may perturb cameras, lights, the start and the sentence: by the seed, as another protocol."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.rollout.actors import Obedient, Trained
+from tests.rollout.actors import Obedient, Saying, Trained
 from vlafit.envs import EnvSpec, Perturbation, make
 from vlafit.errors import ConfigError, SimulationError
 from vlafit.rollout import Protocol, evaluate
@@ -54,6 +55,29 @@ def test_a_perturbed_start_is_another_start_of_the_same_seed_and_counts_no_steps
         starts.append(actor.first)
     assert starts[1] == starts[2] and len(starts[0]) == 3
     assert all(starts[0][seed] != starts[1][seed] for seed in starts[0])
+
+
+def test_what_random_actions_solve_is_no_success_of_the_policy_whatever_the_workers(
+    protocol: Make, tmp_path: Path
+) -> None:
+    still, kept = Saying([[0, 0]] * 4), []
+    for workers in (1, 3):
+        out = tmp_path / str(workers)
+        shaken = protocol("near", start_steps=6, trials=12)
+        got = evaluate(still, shaken, out, workers=workers, videos=0)
+        assert (got.overall.successes, got.overall.episodes) == (0, 12)
+        kept.append([replace(record, wall_s=0) for record in got.records])
+    assert kept[0] == kept[1]
+
+
+def test_a_start_that_is_always_solved_is_an_error_of_its_episode(protocol: Make, tmp_path: Path) -> None:
+    for number, changes in enumerate(({"start_steps": 2}, {"settle_steps": 1})):
+        mixed = protocol("left", "done", trials=1, **changes)
+        got = evaluate(Obedient(), mixed, tmp_path / str(number), workers=1, videos=0)
+        assert [record.error is None for record in got.records] == [True, False]
+        error = got.records[1].error or ""
+        assert "task 'done', seed 100" in error and next(iter(changes)) in error
+        assert "before the policy's first observation" in error
 
 
 def test_perturbations_are_part_of_the_protocols_hash(protocol: Make) -> None:

@@ -32,6 +32,8 @@ SENTENCES = {
     "float": "go left and blur",
     "blind": "go left and go blind",
     "maybe": "go left, perhaps",
+    "near": "leave the start",
+    "done": "do nothing",
 }
 
 
@@ -65,6 +67,7 @@ class ToyEnv:
             threading.Event().wait(0.3)
         self._task, self._seed, self._steps = task, seed, 0
         self._at = np.random.default_rng(seed).uniform(-0.3, 0.3, 2).astype(np.float32)
+        self._from, self._left_start = self._at.copy(), False
         return self._observe(True)
 
     def step(self, action: NDArray[np.float32], *, render: bool = True) -> tuple[Observation, bool, bool]:
@@ -80,6 +83,8 @@ class ToyEnv:
         self._at = np.clip(self._at + 0.1 * np.asarray(action, np.float32), -1, 1)
         goal = 0.9 if self._task == "right" else -0.9
         success = bool(abs(self._at[0] - goal) < 0.15)
+        self._left_start |= bool(abs(self._at - self._from).max() > 0.15)  # as simulations: once and for all
+        success = {"near": self._left_start, "done": True}.get(self._task, success)
         observation = self._observe(render)
         if self._seed % 2 and self._steps >= 3:
             observation, success = _spoilt(observation, success, self._task)

@@ -26,7 +26,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Reset:
-    """Start an episode: reset, settle, `start_steps` random actions. Answered by Moved or Failed."""
+    """Start an episode: reset, settle, `start_steps` random actions, drawn again where they solve the task.
+
+    Answered by Moved or Failed.
+    """
 
     slot: int
     task: str

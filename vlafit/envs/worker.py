@@ -38,10 +38,11 @@ from vlafit.envs.messages import (
     Unplayable,
 )
 from vlafit.envs.wire import decode, encode
-from vlafit.errors import VlafitError
+from vlafit.errors import SimulationError, VlafitError
 from vlafit.types import Env, Observation
 
 RECORDED = ("numpy", "mujoco", "gymnasium")  # packages whose versions an interpreter of its own adds
+DRAWS = 10  # of a start's random actions, until one does not solve the task
 START_STREAM = 0x2545F491  # separates the random actions at a start from numbers of the same seed elsewhere
 
 
@@ -102,19 +103,40 @@ class _Worker:
         return check_observation(observation, env.embodiment, self._where(slot, 0), images=images)
 
     def _reset(self, command: Reset) -> Moved:
+        """Begin an episode; random actions that already solve the task are drawn again, from its start."""
+        for draw in range(DRAWS if command.start_steps else 1):
+            observation = self._approach(command, draw)
+            if observation is not None:
+                frames = self._frames(self._env(command.slot), observation, command.film)
+                return Moved(command.slot, observation, (), 0, False, False, frames)
+        raise SimulationError(
+            f"{self._where(command.slot, 0)}: start_steps = {command.start_steps} random actions solve the "
+            f"task before the policy's first observation, in each of {DRAWS} draws; take fewer, or another "
+            "first_seed"
+        )
+
+    def _approach(self, command: Reset, draw: int) -> Observation | None:
+        """Return what the policy sees first; None if the random actions of this draw solve the task."""
         images = command.render or command.film
         observation = self._begin(command.slot, command.task, command.seed, images=images)
         env = self._env(command.slot)
         shape = env.embodiment.action.shape
         still = np.asarray(command.settle_action or np.zeros(shape), np.float32)
-        random = np.random.default_rng([command.seed, START_STREAM])
+        random = np.random.default_rng([command.seed, START_STREAM, *([draw] if draw else [])])
         begin = [still] * command.settle_steps
         begin += list(random.uniform(-1, 1, (command.start_steps, *shape)).astype(np.float32))
-        for left, action in zip(range(len(begin), 0, -1), begin, strict=True):
-            render = left == 1 and images
-            observation, _, _ = self._step(env, command.slot, action, 0, render=render)
-        frames = self._frames(env, observation, command.film)
-        return Moved(command.slot, observation, (), 0, False, False, frames)
+        for number, action in enumerate(begin, start=1):
+            render = number == len(begin) and images
+            observation, solved, _ = self._step(env, command.slot, action, 0, render=render)
+            if solved and number > command.settle_steps:
+                return None
+            if solved:
+                raise SimulationError(
+                    f"{self._where(command.slot, 0)}: the environment reports success after {number} of "
+                    f"settle_steps = {command.settle_steps}, before the policy's first observation, so that "
+                    "this start shows nothing of a policy; take another first_seed, or leave this task out"
+                )
+        return observation
 
     def _play(self, command: Play) -> Moved:
         env = self._env(command.slot)

@@ -86,7 +86,8 @@ class Protocol:
     """Observations in one batch of the policy, filled up to it; an evaluation of fewer episodes takes as many
     as it has. In the hash, because it decides the last bits of the actions."""
     start_steps: int = 0
-    """Perturbation of the start state: random actions, drawn from the seed, before the first observation."""
+    """Perturbation of the start state: random actions, drawn from the seed, before the first observation.
+    Those that already solve the task are drawn again, from the start: success is the policy's own."""
     instruction: Literal["task", "paraphrase", "blank"] = "task"
     """task: the task's own sentence. paraphrase: one of `paraphrases`, by the seed. blank: a full stop and no
     word, because policies refuse an empty sentence."""
