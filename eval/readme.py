@@ -185,6 +185,24 @@ def shipped() -> str:
     )
 
 
+def pusht() -> str:
+    """One row for each published run of PushT."""
+    rows = []
+    for path in sorted(RESULTS.glob("pusht*/report.json")):
+        report, name = read(path), path.parent.name
+        card = report["recipe"]["data"]["cards"][0]
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{card}`",
+                f"{report['recipe']['train']['steps']:,}",
+                with_interval(pooled([path.parent], "after")),
+                link(f"results/{name}/report.json", "report"),
+            ]
+        )
+    return table(["recipe", "demonstrations", "steps", "success (95 %)", "files"], rows)
+
+
 def libero_expert() -> str:
     """One row for each task of LIBERO that the scripted expert, or chance, has played."""
     counts: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
@@ -307,6 +325,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "shipped": shipped,
     "mt50": lambda: mt50(RESULTS / "metaworld-mt50"),
+    "pusht": pusht,
     "libero": lambda: libero_tables.by_task(RESULTS, libero_tables.KNOWN),
     "libero-unseen": lambda: libero_tables.by_task(RESULTS, libero_tables.UNSEEN),
     "libero-unseen-arms": lambda: libero_tables.unseen(RESULTS),
