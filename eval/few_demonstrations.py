@@ -135,8 +135,9 @@ PLAN = tuple(
             *grid("faucet", (25,), (60,), (2e-3,)),
             *of_strategies("faucet", 5, 30, (2e-3, 1e-3, 5e-3, 1e-2)),
             *grid("related", (20,), (200,), (1e-3,)),
-            *of_strategies("faucet", 5, 30, (1e-3, 2e-3, 5e-3), ("lora", "dora", "full"), SEEDS),
-            *of_strategies("faucet", 5, 30, (5e-4,), ("lora", "dora"), (0, *SEEDS)),
+            *of_strategies("faucet", 5, 30, (5e-4, 1e-3, 2e-3, 5e-3), ("lora",), SEEDS),
+            *of_strategies("faucet", 5, 30, (1e-3, 2e-3), ("full", "dora", PROGRESSIVE, "expert"), SEEDS),
+            *of_strategies("faucet", 5, 30, (2e-3, 5e-3), (LORA_RANK_2,), SEEDS),
             *at_own_rates("faucet", (10, 25), (30,)),
             *at_own_rates("faucet", (5,), (15, 60, 120)),
         ]
