@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -134,7 +134,7 @@ def exclusive(folder: Path, what: str) -> Iterator[int]:
     is removed (see `files.tidy`). Raises VlafitError naming the folder and the process if another command
     holds the lock; `what` is the kind of command.
     """
-    made = not Path(folder).exists()
+    made = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = files.require_writable(folder)
     try:
         with _locked(folder / LOCK, folder, what) as handle:
@@ -143,6 +143,9 @@ def exclusive(folder: Path, what: str) -> Iterator[int]:
     except BaseException:
         if made and folder.is_dir() and not (folder / LOCK).exists() and files.is_empty(folder):
             shutil.rmtree(folder)  # a command that failed before it wrote anything leaves no trace
+            with suppress(OSError):  # another command writes into one of the folders above
+                for above in made[1:]:
+                    above.rmdir()
         raise
 
 

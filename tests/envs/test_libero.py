@@ -30,6 +30,13 @@ def env() -> Iterator[Libero]:
     made.close()
 
 
+STARTS = {
+    (0, 50): False, (45, 55): True, (60, 70): True, (990, 1010): True, (1000, 1100): False,
+    (2**32 - 1, 2**32): False, (2**32 - 1, 2**32 + 1): True,
+}  # fmt: skip
+"""First seed, end -> whether one of the seeds is no start."""
+
+
 def test_the_official_tasks_have_sentences_and_fifty_initial_states(env: Libero) -> None:
     assert len([task for task in env.tasks if "-" not in task]) == 130 and len(SUITES) == 5
     assert env.instruction(env.tasks[0]) == (
@@ -38,6 +45,9 @@ def test_the_official_tasks_have_sentences_and_fifty_initial_states(env: Libero)
     assert all(len(env._simulator.initial_states(task)) == 50 for task in env.tasks)
     with pytest.raises(SimulationError, match="initial state 50.*LIBERO.* 0 to 49.*first_seed"):
         env.reset(env.tasks[0], 50)
+    said = {seeds: env.missing_start(env.tasks[0], range(*seeds)) for seeds in STARTS}
+    assert {seeds: bool(missing) for seeds, missing in said.items()} == STARTS
+    assert "no initial state 50" in said[45, 55] and "no initial state 60" in said[60, 70]
 
 
 def test_the_suites_of_libero_pro_keep_the_tasks_and_change_sentences_or_goals(env: Libero) -> None:

@@ -30,6 +30,8 @@ MESSAGES = (
     Moved(3, SEEN, (SEEN,), 8, True, False, (SEEN.images["front"],)),
     Failed("Traceback ..."),
     Unplayable("no"),
+    Start(EnvSpec("toy"), None, 1.0, {"left": (45, 10)}),
+    Ready(robot(), {"toy": "1"}, {"left": "go left"}, 2**40, 0, ("there is no start 50",)),
 )
 
 

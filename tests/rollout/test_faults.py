@@ -15,7 +15,7 @@ from vlafit import locks
 from vlafit.envs import EnvSpec
 from vlafit.envs.messages import Ready
 from vlafit.errors import ConfigError, SimulationError, VlafitError
-from vlafit.rollout import Protocol, evaluate, memory, policy_width, preflight
+from vlafit.rollout import Protocol, Shard, evaluate, memory, policy_width, preflight
 
 Make = Callable[..., Protocol]
 FAULTS = {
@@ -72,6 +72,24 @@ def test_a_broken_first_start_is_only_an_error_of_its_episode(protocol: Make, tm
     odd = protocol("die-in-reset", first_seed=101, trials=2)
     got = evaluate(Obedient(), odd, tmp_path, workers=1, videos=0)
     assert {r.seed: r.error is None for r in got.records} == {101: False, 102: True}
+
+
+@pytest.mark.parametrize("first", [101, 200])
+def test_starts_that_a_task_lacks_are_one_error_before_the_first_episode(
+    protocol: Make, tmp_path: Path, first: int
+) -> None:
+    many = protocol("left", "few", first_seed=first, trials=4)
+    facts = rf"protocol 'toy': task 'few': there is no start {max(103, first)}; set at most 103"
+    actor = Obedient()
+    for shard in (None, Shard(1, 4)):
+        with pytest.raises(ConfigError, match=facts):
+            evaluate(actor, many, tmp_path / "eval", workers=1, videos=0, shard=shard)
+    assert not actor.heard and not (tmp_path / "eval").exists()
+    with pytest.raises(ConfigError, match=facts):
+        preflight(many, robot())
+    with pytest.raises(ConfigError, match=r"few.*no start 103"):
+        preflight(protocol("few", trials=2), robot(), trials=5)
+    preflight(protocol("few", trials=3), robot())
 
 
 class Mended(Obedient):

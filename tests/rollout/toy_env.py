@@ -34,7 +34,9 @@ SENTENCES = {
     "maybe": "go left, perhaps",
     "near": "leave the start",
     "done": "do nothing",
+    "few": "go left while there are starts",
 }
+FEW = 103  # seeds of the task `few` are below
 
 
 def robot(size: int = 16, renderer: str = "ray") -> Embodiment:
@@ -60,7 +62,14 @@ class ToyEnv:
     def instruction(self, task: str) -> str:
         return SENTENCES[task]
 
+    def missing_start(self, task: str, seeds: range) -> str:
+        if task != "few" or seeds.stop <= FEW:
+            return ""
+        return f"task {task!r}: there is no start {max(FEW, seeds.start)}; set at most {FEW}"
+
     def reset(self, task: str, seed: int) -> Observation:
+        if missing := self.missing_start(task, range(seed, seed + 1)):
+            raise SimulationError(missing)
         if task == "die-in-reset" and seed % 2:
             os._exit(7)
         if task == "late" and seed % 2:

@@ -1,4 +1,4 @@
-"""Check what goes into a simulation and what comes out: actions, observations, flags."""
+"""Check what goes into a simulation and what comes out: seeds, actions, observations, flags."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.errors import SimulationError
-from vlafit.types import Embodiment, Observation
+from vlafit.types import Embodiment, Env, Observation
 
 
 def check_action(action: NDArray, size: int, where: str) -> NDArray[np.float32]:
@@ -56,6 +56,21 @@ def check_observation(observation: object, robot: Embodiment, where: str, *, ima
             f"{where}: the environment's observation is not one of its robot {robot.name!r}: {listed}"
         )
     return replace(observation, state=state)
+
+
+def missing_start(env: Env, task: str, seeds: range) -> str:
+    """Return why one of the seeds is no start of a task; "" if all are.
+
+    A simulation with a limited number of starts says so by a method of this name and these arguments, which
+    begins no episode; one without it has a start for every seed.
+    """
+    said = getattr(env, "missing_start", None)
+    reason = said(task, seeds) if callable(said) else ""
+    if not isinstance(reason, str):
+        raise SimulationError(
+            f'missing_start({task!r}, {seeds}) must return a sentence or "", not {reason!r}'
+        )
+    return reason
 
 
 def check_flag(value: object, name: str, where: str) -> bool:

@@ -47,6 +47,7 @@ HZ = 20.0  # robosuite's control_freq
 HORIZON = 600  # longer than every suite's published limit
 INITIAL_STATES = 50  # of each task
 SAMPLED = 1000  # seeds from here on are starts sampled from the task's regions, never official ones
+SEEDS = 2**32  # numpy's older generator, from which robosuite draws, takes seeds below
 SAME = 1e-6  # metres, radians and their rates, below which two starts are one
 REST_STEPS = 10  # after a sampled start, while objects come to rest
 REST = np.array([0, 0, 0, 0, 0, 0, -1], np.float64)
@@ -111,6 +112,20 @@ class Libero:
         self._require(task)
         return self._simulator.sentence(task)
 
+    def missing_start(self, task: str, seeds: range) -> str:
+        """Return why one of the seeds is no start of a task; "" if all are."""
+        states = len(self._simulator.initial_states(task))
+        seed = max(seeds.start, states)
+        if seed < min(seeds.stop, SAMPLED):
+            return (
+                f"task {task!r}: there is no initial state {seed}; LIBERO has {states}, 0 to {states - 1}: "
+                f"set first_seed = 0 and at most {states} trials (from {SAMPLED} on, a seed is a start "
+                "sampled from the task's regions)"
+            )
+        if seeds.stop > SEEDS:
+            return f"task {task!r}: seed {seeds.stop - 1} is too large; LIBERO's are below 2^32"
+        return ""
+
     def reset(self, task: str, seed: int, *, render: bool = True) -> Observation:
         """Start an episode from the official initial state number `seed`, or sampled if that is 1000 or more.
 
@@ -119,13 +134,9 @@ class Libero:
         self._require(task)
         if seed < 0:
             raise SimulationError(f"task {task!r}: seed {seed} is negative; seeds are 0 or greater")
+        if missing := self.missing_start(task, range(seed, seed + 1)):
+            raise SimulationError(missing)
         states = self._simulator.initial_states(task)
-        if len(states) <= seed < SAMPLED:
-            raise SimulationError(
-                f"task {task!r}: there is no initial state {seed}; LIBERO has {len(states)}, 0 to "
-                f"{len(states) - 1}: set first_seed = 0 and at most {len(states)} trials (from {SAMPLED} on, "
-                "a seed is a start sampled from the task's regions)"
-            )
         if task != self._task:
             self.close()
             self._scene = self._simulator.make(task)

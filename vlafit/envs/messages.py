@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,14 @@ class Start:
     """The first command: create an environment and describe it. Answered by Ready, Unplayable or Failed.
 
     With `start`, a task and a seed, an episode is begun, to see that it can be begun and drawn. An answer to
-    another command that takes longer than `timeout_s` is Failed.
+    another command that takes longer than `timeout_s` is Failed. `seeds` has the first seed of the episodes
+    of each task, and their number.
     """
 
     spec: EnvSpec
     start: tuple[str, int] | None = None
     timeout_s: float = math.inf
+    seeds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Ready:
     instructions: Mapping[str, str]  # of each task
     program_bytes: int  # memory of the process before it began an episode
     env_bytes: int  # what the episode's environment added
+    missing: tuple[str, ...] = ()  # of each task without a start for one of `Start.seeds`, the reason
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.envs import EnvSpec, make
-from vlafit.envs.checks import check_flag, check_observation
+from vlafit.envs.checks import check_flag, check_observation, missing_start
 from vlafit.envs.messages import (
     COMMANDS,
     Command,
@@ -55,20 +55,22 @@ class _Worker:
 
     def answer(self, command: Command) -> Reply:
         match command:
-            case Start(spec, start, timeout_s):
+            case Start(spec, start, timeout_s, seeds):
                 self.spec, self.timeout_s = replace(spec, python=""), timeout_s
                 env = self._env(0)
                 tasks = {task: env.instruction(task) for task in env.tasks}
+                known = {t: range(first, first + count) for t, (first, count) in seeds.items() if t in tasks}
+                missing = tuple(filter(None, (missing_start(env, *each) for each in known.items())))
                 before = _memory()
-                if start is not None and start[0] in tasks:
+                if start is not None and start[0] in tasks and not missing:
                     try:
                         self._begin(0, *start, images=True)
                     except Exception as error:
-                        known = isinstance(error, VlafitError)
-                        return Unplayable(str(error) if known else traceback.format_exc())
+                        fixable = isinstance(error, VlafitError)
+                        return Unplayable(str(error) if fixable else traceback.format_exc())
                 added = max(0, _memory() - before)
                 versions = {**(_interpreter() if spec.python else {}), **env.versions}
-                return Ready(env.embodiment, versions, tasks, before, added)
+                return Ready(env.embodiment, versions, tasks, before, added, missing)
             case Reset() | Play():
                 began = time.monotonic()
                 moved = self._reset(command) if isinstance(command, Reset) else self._play(command)

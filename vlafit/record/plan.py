@@ -6,6 +6,7 @@ from typing import Any, get_args
 from vlafit import envs
 from vlafit.datasets.card import CameraCard, Card, RecordSpec
 from vlafit.envs import EnvSpec, Renderer
+from vlafit.envs.checks import missing_start
 from vlafit.errors import ConfigError
 from vlafit.types import Env, require_same
 
@@ -96,4 +97,7 @@ def require_recordable(card: Card, plan: RecordingPlan, env: Env) -> None:
         )
     for task in plan.record.tasks:
         env.instruction(task)  # raises for an unknown task
+        first = plan.record.first_seed
+        if missing := missing_start(env, task, range(first, first + plan.record.episodes_per_task)):
+            raise ConfigError(f"{card_is}: record.first_seed = {first}: {missing}")
     envs.expert(plan.spec.name)

@@ -7,7 +7,7 @@ what an episode is and what to do when one fails; this module does not.
 import re
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection as mpc
 from types import TracebackType
@@ -102,14 +102,18 @@ class EnvPool:
     ) -> None:
         self._end_all()
 
-    def describe(self, starts: Sequence[tuple[str, int]] = ()) -> Ready:
+    def describe(
+        self, starts: Sequence[tuple[str, int]] = (), seeds: Mapping[str, tuple[int, int]] | None = None
+    ) -> Ready:
         """Start one process, wait until it has created an environment, and return its description.
 
         `starts` are (task, seed) of episodes of which one must be possible to begin and to draw: a renderer
-        that cannot draw fails them all, a broken start only its own. Raises SimulationError with the reason.
+        that cannot draw fails them all, a broken start only its own. `seeds`: of each task, the first seed of
+        its episodes and their number, for the description's `missing`; while one is, no episode is begun.
+        Raises SimulationError with the reason.
         """
         for i, start in enumerate(starts or [None]):
-            process = self._start(start)
+            process = self._start(start, seeds)
             self._processes = [process]
             if not process.link.poll(self._start_timeout_s):
                 raise self._cannot_start(process, self._not_started)
@@ -246,13 +250,15 @@ class EnvPool:
         broken: list[Event] = [Broken(active, text)] if active else []
         return [*broken, *(Interrupted(slot) for slot in others)]
 
-    def _start(self, start: tuple[str, int] | None = None) -> _Process:
+    def _start(
+        self, start: tuple[str, int] | None = None, seeds: Mapping[str, tuple[int, int]] | None = None
+    ) -> _Process:
         try:
             process = _Process(env_process.start(self.spec))
         except OSError as error:
             raise SimulationError(f"{self._environment} cannot be started: {error}") from error
         try:
-            process.link.send_bytes(encode(Start(self.spec, start, self.timeout_s)))
+            process.link.send_bytes(encode(Start(self.spec, start, self.timeout_s, seeds or {})))
         except OSError:
             pass  # the process died at once; `_receive_ready` reports it
         return process

@@ -122,7 +122,9 @@ def evaluate(
         if (remaining and prepared.end(done) is None) or not folder.is_described:
             folder.reopen()
             with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
-                ready = pool.describe(list(dict.fromkeys([remaining[0], remaining[-1]])) if remaining else ())
+                begun = dict.fromkeys([remaining[0], remaining[-1]]) if remaining else ()
+                seeds = dict.fromkeys(prepared.tasks, (protocol.first_seed, prepared.trials))
+                ready = pool.describe(list(begun), seeds)
                 remedy = "" if robot is None else camera_options(robot, ready.embodiment)
                 _require_playable(protocol, ready, robot, wrong_instruction, remedy)
                 require_reach(prepared.trained, ready.embodiment, f"protocol {protocol.name!r}")
@@ -214,9 +216,11 @@ def preflight(
     """
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol)
-    require_unseen(protocol, max(trials, protocol.trials), seeds or {})
+    most = max(trials, protocol.trials)
+    require_unseen(protocol, most, seeds or {})
     tasks_of(protocol, wrong_instruction)
-    ready = _describe(protocol, timeout_s, [(task, protocol.first_seed) for task in protocol.tasks[:2]])
+    begun = [(task, protocol.first_seed) for task in protocol.tasks[:2]]
+    ready = _describe(protocol, timeout_s, begun, dict.fromkeys(protocol.tasks, (protocol.first_seed, most)))
     _require_playable(protocol, ready, embodiment, wrong_instruction)
     notice = _renderer_notice(embodiment, ready.embodiment)
     if notice:
@@ -231,9 +235,14 @@ def robot_of(protocol: Protocol | str | Path, timeout_s: float | None = None) ->
     return _describe(protocol, timeout_s).embodiment
 
 
-def _describe(protocol: Protocol, timeout_s: float | None, starts: Sequence[Start] = ()) -> Ready:
+def _describe(
+    protocol: Protocol,
+    timeout_s: float | None,
+    starts: Sequence[Start] = (),
+    seeds: Mapping[str, tuple[int, int]] | None = None,
+) -> Ready:
     with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
-        return pool.describe(starts)
+        return pool.describe(starts, seeds)
 
 
 def _env(protocol: Protocol) -> EnvSpec:
@@ -255,6 +264,9 @@ def _require_playable(
     """
     require_versions(protocol, ready.versions)
     require_tasks(protocol, ready.instructions)
+    if ready.missing:
+        more = f" ({len(ready.missing) - 1} other tasks lack starts, too)" if len(ready.missing) > 1 else ""
+        raise ConfigError(f"protocol {protocol.name!r}: {ready.missing[0]}{more}")
     require_actions(protocol, ready.embodiment)
     if trained:
         require_same(trained, "the policy", ready.embodiment, f"protocol {protocol.name!r}", remedy)
