@@ -176,6 +176,27 @@ def test_robosuites_renderer_draws_what_ours_does_and_leaves_the_episode_alone(e
         np.testing.assert_array_equal(state, states["egl", True])
 
 
+@pytest.mark.parametrize(
+    ("renderer", "other"), [("egl", "osmesa"), ("osmesa", "egl"), ("robosuite", "osmesa")]
+)
+def test_without_a_library_another_renderer_of_libero_is_advised_never_rays(
+    env: Libero, monkeypatch: pytest.MonkeyPatch, renderer: str, other: str
+) -> None:
+    import vlafit.envs.gl as gl
+
+    def broken(name: str) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'glGetError'")
+
+    env.reset(env.tasks[0], 0, render=False)
+    monkeypatch.setattr(env, "_renderer_name", renderer)
+    with monkeypatch.context() as patch:
+        patch.setattr(gl.importlib, "import_module", broken)
+        with pytest.raises(SimulationError, match=f"renderer '{renderer}' does not work") as caught:
+            env._make_renderer()
+    message = str(caught.value)
+    assert f'renderer = "{other}"' in message and "apt-get install" in message and "ray" not in message
+
+
 def test_a_camera_of_robosuites_renderer_is_not_perturbed() -> None:
     spec = EnvSpec("libero", renderer="robosuite", perturb=Perturbation(camera_m=0.1))
     with pytest.raises(SimulationError, match="env.perturb.*robosuite.*camera_m.*egl"):

@@ -24,6 +24,7 @@ PACKAGES = {
     "egl": "apt-get install -y --no-install-recommends libegl1 libgl1 libgl1-mesa-dri",
     "osmesa": "apt-get install -y --no-install-recommends libosmesa6",
 }
+RAYS = 'use "ray", which needs no OpenGL, '  # where a renderer does not work
 MAX_GEOMS = 1000  # in a scene
 
 
@@ -31,6 +32,7 @@ class GlRenderer:
     """Renders one model with `backend` "egl" or "osmesa" as images of `size` by `size` pixels.
 
     `groups`: for each of MuJoCo's six groups of geoms, 1 if it is drawn; MuJoCo's default if empty.
+    `instead`: what to do where the backend does not work.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class GlRenderer:
         *,
         sites: bool = True,
         groups: Sequence[int] = (),
+        instead: str = RAYS,
     ) -> None:
         self.model = model
         self.size = size
-        self._context = gl_context(backend, size)
+        self._context = gl_context(backend, size, instead)
         self._context.make_current()
         quality, offscreen = model.vis.quality, model.vis.global_
         quality.shadowsize = quality.offsamples = 0
@@ -113,14 +116,17 @@ def _free(context: Any, gl: mujoco.MjrContext) -> None:
     context.free()
 
 
-def gl_context(backend: str, size: int) -> Any:
-    """Create a context of OpenGL. Raises SimulationError, with the packages that lack, if it cannot."""
+def gl_context(backend: str, size: int, instead: str = RAYS, renderer: str = "") -> Any:
+    """Create a context of OpenGL. Raises SimulationError, with the packages that lack, if it cannot.
+
+    `instead` is what else the simulation can do, `renderer` the name by which the user knows the backend.
+    """
     if backend not in PACKAGES:
         raise SimulationError(f"there is no renderer {backend!r}; it can be one of: egl, osmesa, ray")
     try:
         return importlib.import_module(f"mujoco.{backend}").GLContext(size, size)
     except Exception as error:  # PyOpenGL raises many types for a missing or broken library
         raise SimulationError(
-            f'renderer {backend!r} does not work here ({type(error).__name__}: {error}); use "ray", which '
-            f"needs no OpenGL, or install the libraries: {PACKAGES[backend]}"
+            f"renderer {renderer or backend!r} does not work here ({type(error).__name__}: {error}); "
+            f"{instead}or install the libraries: {PACKAGES[backend]}"
         ) from error

@@ -229,7 +229,9 @@ class Libero:
     def _make_renderer(self) -> GlRenderer | RobosuiteRenderer:
         if self._renderer_name == "robosuite":
             return RobosuiteRenderer(self._scene.sim, self.spec.size)
-        return GlRenderer(self._model, self.spec.size, self._renderer_name, groups=VISUAL)
+        other = "egl" if self._renderer_name == "osmesa" else "osmesa"  # rays show no textures
+        instead = f'use renderer = "{other}", whose pictures differ, '
+        return GlRenderer(self._model, self.spec.size, self._renderer_name, groups=VISUAL, instead=instead)
 
 
 class _Simulator:

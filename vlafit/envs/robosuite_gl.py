@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from vlafit.envs.gl import freed, gl_context
 from vlafit.envs.view import View
 
+INSTEAD = 'use renderer = "osmesa", whose pictures differ, '
+
 
 class RobosuiteRenderer:
     """Renders the scene of one of robosuite's environments as images of `size` by `size` pixels."""
@@ -58,17 +60,14 @@ def _context(simulation: Any, size: int) -> Any:
     """Return robosuite's context; it was imported without OpenGL, and is given MuJoCo's through EGL."""
     import robosuite.utils.binding_utils as binding
 
+    # Created first: robosuite's context, once begun, complains at its end that it was never finished.
+    opengl = gl_context("egl", size, INSTEAD, "robosuite")
     own = binding.GLContext
-    binding.GLContext = _egl
+    binding.GLContext = lambda max_width, max_height, device_id: opengl
     try:
         return binding.MjRenderContextOffscreen(_Scene(simulation), -1, max_width=size, max_height=size)
     finally:
         binding.GLContext = own
-
-
-def _egl(max_width: int, max_height: int, device_id: int) -> Any:
-    del max_height, device_id  # pictures are square, and MuJoCo chooses the device
-    return gl_context("egl", max_width)
 
 
 def _free(context: Any) -> None:
