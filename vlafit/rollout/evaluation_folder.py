@@ -3,6 +3,7 @@
 evaluation.json  what is evaluated; written first, and compared when an evaluation resumes
 episodes.jsonl   one record per episode, fsynced as each ends; sorted by task and seed at the end
 videos/          an mp4 and a film strip of each filmed episode;  sheet.png: all the strips
+failures.png     the strips of failures, by task, those that ended alike side by side
 result.json      the scores; written last
 """
 
@@ -24,6 +25,7 @@ from vlafit.envs.messages import Ready
 from vlafit.errors import ConfigError, SimulationError, brief
 from vlafit.files import parse_json, plain_text
 from vlafit.rollout import result_file, video
+from vlafit.rollout.failures import like_together
 from vlafit.rollout.play import Outcome
 from vlafit.rollout.protocol import Protocol
 from vlafit.rollout.records import (
@@ -258,6 +260,22 @@ class EvaluationFolder:
                 "--resume, which keeps every episode"
             ) from error
 
+    def _write_sheets(self, records: Sequence[Record], tasks: Sequence[str]) -> None:
+        """Write sheet.png, and failures.png if an episode that failed was filmed."""
+        filmed = [(r, (self.path / r.video).with_suffix(".png")) for r in records if r.video]
+        filmed = [(record, strip) for record, strip in filmed if strip.is_file()]  # a user may delete some
+        if filmed:
+            video.write_sheet(self.path / "sheet.png", [strip for _, strip in filmed])
+        failed = [
+            strip
+            for task in tasks
+            for strip in like_together([s for r, s in filmed if r.task == task and r.success is False])
+        ]
+        if failed:
+            video.write_sheet(self.path / "failures.png", failed)
+        else:
+            (self.path / "failures.png").unlink(missing_ok=True)
+
     def finish(
         self,
         records: list[Record],
@@ -266,7 +284,7 @@ class EvaluationFolder:
         more: Mapping[str, Any] | None = None,
         notices: Sequence[str] = (),
     ) -> Result:
-        """Sort episodes.jsonl; write sheet.png and result.json, which also holds `more` and `notices`."""
+        """Sort episodes.jsonl; write the sheets and result.json, which also holds `more` and `notices`."""
         path = self.path / "result.json"
         if path.is_file():  # no episode was left to run
             seconds = self.seconds()
@@ -280,10 +298,7 @@ class EvaluationFolder:
                 f"the first:\n{records[0].error}\nFix it, and evaluate again with --retry-errors (or remove "
                 f"the folder {self.path})."
             )
-        filmed = [(self.path / record.video).with_suffix(".png") for record in records if record.video]
-        strips = [strip for strip in filmed if strip.is_file()]  # a user may have deleted some
-        if strips:
-            video.write_sheet(self.path / "sheet.png", strips)
+        self._write_sheets(records, tasks)
         incomplete = score.errors_notice(total)
         notices = [*([incomplete] if incomplete else []), *notices, *self.described["notices"]]
         if incomplete:

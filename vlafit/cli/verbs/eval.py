@@ -265,6 +265,8 @@ def show(result: "Result") -> int:
         print(differences_table(Agreement(result.agreement, (), (), ("protocol", "checkpoint"))))
     print(result)
     print(f"episodes, videos and contact sheet: {result.folder}")
+    if (failures := result.folder / "failures.png").is_file():
+        print(f"failures that were filmed, like ones together: {failures}")
     if result.overall.errors:
         print("play the episodes that ended in an error again with --retry-errors")
         return INCOMPLETE
