@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("libero", reason="needs the extra libero (pip install 'vlafit[libero]')")
 
+from tests.rollout.libero_like import LiberoLike
 from vlafit.envs import EnvSpec, LiberoSpec, Perturbation, make
 from vlafit.envs.libero import PERTURBED_SUITES, SUITES, Libero, _require_another_start
 from vlafit.errors import SimulationError
@@ -35,6 +36,13 @@ STARTS = {
     (2**32 - 1, 2**32): False, (2**32 - 1, 2**32 + 1): True,
 }  # fmt: skip
 """First seed, end -> whether one of the seeds is no start."""
+
+
+def test_the_stand_in_of_other_tests_has_this_robot_and_actions_its_range(env: Libero) -> None:
+    like = LiberoLike(EnvSpec("tests.rollout.libero_like", size=64)).embodiment
+    assert like == env.embodiment
+    low, high = env._scene.env.action_spec
+    np.testing.assert_array_equal([low, high], [env.embodiment.action.low, env.embodiment.action.high])
 
 
 def test_the_official_tasks_have_sentences_and_fifty_initial_states(env: Libero) -> None:

@@ -7,7 +7,7 @@ and what is expected is computed here as LeRobot, openpi and OpenVLA-OFT do, in 
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from PIL import Image
 
 from tests.checkpoints import libero_folders as folders
 from tests.checkpoints.libero_folders import ACTION, STATE
-from tests.rollout.libero_like import SENTENCE, START, after, picture
+from tests.rollout.libero_like import SENTENCE, START, LiberoLike, after, picture
 from vlafit import rollout
 from vlafit.actor import load_actor
+from vlafit.agreement.camera_map import camera_options
 from vlafit.checkpoints.formats.lerobot.write_processors import codec_refusals
 from vlafit.cli import main
 from vlafit.codec import Codec
@@ -29,6 +30,7 @@ from vlafit.errors import ConfigError, EmbodimentError, WeightsError
 from vlafit.execution import Execution
 from vlafit.rollout import Protocol
 from vlafit.serve.describe import describe
+from vlafit.types import Feature
 
 HORIZON = 20
 OFT = {"chunk": 8, "vision.dino.heads": 2, "vision.siglip.heads": 2}
@@ -264,6 +266,18 @@ def test_of_openpi_s_three_cameras_the_last_is_proposed_to_be_empty(public: Path
     proposed = "base_0_rgb=agentview left_wrist_0_rgb=wrist right_wrist_0_rgb= --frame-size 256"
     assert proposed in str(raised.value)
     assert {item.name for item in actor.points} == {"prompt", "relative actions"}
+
+
+def test_cameras_are_proposed_as_far_as_names_tell_and_only_for_the_same_robot():
+    robot = LiberoLike(EnvSpec("tests.rollout.libero_like", size=256)).embodiment
+    views = tuple(Feature(name, (224, 224, 3)) for name in ("cam_a", "cam_b"))
+    policy = replace(robot, name="mine", cameras=views)
+    text = camera_options(policy, robot)
+    assert "cam_a=CAMERA cam_b=CAMERA --frame-size 256" in text and "agentview, wrist, or nothing" in text
+    scene = replace(robot, cameras=(Feature("wrist_image", (256, 256, 3)), Feature("image", (256, 256, 3))))
+    assert "wrist_image=wrist image=agentview of eval" in camera_options(scene, robot)
+    assert camera_options(robot, robot) == ""
+    assert camera_options(replace(policy, state=Feature("state", (7,))), robot) == ""
 
 
 def test_a_gripper_of_openvla_s_data_is_refused_where_it_would_never_open(public: Path, tmp_path: Path):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from vlafit.agreement.values import PLACEHOLDER
-from vlafit.types import Embodiment, Feature
+from vlafit.types import Embodiment, Feature, differences
 
 NAME = r"[A-Za-z0-9_-]+"  # what a command line takes without quotes
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
@@ -138,8 +138,11 @@ def _resized(
 def camera_options(policy: Embodiment, robot: Embodiment) -> str:
     """Return how an evaluation gives a policy's cameras the robot's names and its frames their size.
 
-    "" where they have the same. What no name tells is left to the user.
+    "" where they have the same, or the robots differ in anything else. What no name tells is left to the
+    user.
     """
+    if any(not text.startswith(("cameras", "size of camera")) for text in differences(policy, robot)):
+        return ""
     recorded, slots = {camera.name: camera for camera in robot.cameras}, [c.name for c in policy.cameras]
     sizes = {camera.shape for camera in robot.cameras}
     other = [camera for camera in policy.cameras if {camera.shape} != sizes]
@@ -155,7 +158,7 @@ def camera_options(policy: Embodiment, robot: Embodiment) -> str:
     left = ", ".join(_free(recorded, pairs))
     choice = f" ({left}, or nothing, in the place of each {PLACEHOLDER})" if None in pairs.values() else ""
     return (
-        "If it is this robot, and only its cameras have other names, say which is which: --cameras "
+        "If it is this robot, whose cameras have other names there, say which is which: --cameras "
         f"{given}{size} of eval and serve{choice}; NAME= leaves a place empty. Arguments of load_actor: "
         "cameras, frame_size."
     )
