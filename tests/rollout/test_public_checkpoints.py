@@ -23,6 +23,7 @@ from vlafit import rollout
 from vlafit.actor import load_actor
 from vlafit.agreement.camera_map import camera_options
 from vlafit.checkpoints.formats.lerobot.write_processors import codec_refusals
+from vlafit.checkpoints.formats.openpi.norm_stats import FAST_CAMERAS
 from vlafit.cli import main
 from vlafit.codec import Codec
 from vlafit.envs import EnvSpec
@@ -276,6 +277,9 @@ def test_cameras_are_proposed_as_far_as_names_tell_and_only_for_the_same_robot()
     assert "cam_a=CAMERA cam_b=CAMERA --frame-size 256" in text and "agentview, wrist, or nothing" in text
     scene = replace(robot, cameras=(Feature("wrist_image", (256, 256, 3)), Feature("image", (256, 256, 3))))
     assert "wrist_image=wrist image=agentview of eval" in camera_options(scene, robot)
+    fast = tuple(Feature(name, (224, 224, 3)) for name in FAST_CAMERAS)  # filled in openpi's order
+    text = camera_options(replace(robot, cameras=fast), robot)
+    assert "base_0_rgb=agentview base_1_rgb=wrist wrist_0_rgb= --frame-size 256" in text
     assert camera_options(robot, robot) == ""
     assert camera_options(replace(policy, state=Feature("state", (7,))), robot) == ""
 

@@ -19,6 +19,9 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
         "left_wrist_0_rgb": "wrist",
         "right_wrist_0_rgb": "",
         "wrist_image": "wrist",
+        # openpi gives pi0-FAST the same three, and its slots are filled in their order
+        "base_1_rgb": "wrist",
+        "wrist_0_rgb": "",
     }
 }
 """Robot -> camera as public programs name it -> the robot's name for it, "" for one that it does not have.
