@@ -132,9 +132,14 @@ class PolicyActor:
 
     @property
     def action_range(self) -> tuple[NDArray, NDArray]:
-        """Least and greatest value of each action of the training data; NaN where that is not known."""
+        """Least and greatest value of each action of the training data; NaN where that is not known.
+
+        The statistics of a run may be its base's, and not of the data that it learned from.
+        """
         learned, columns = self.codec.seen["action"], self.codec.columns
         unknown = np.full(learned.dimensions, np.nan)
+        if self.agreement is not None:
+            return columns.as_recorded(unknown), columns.as_recorded(unknown)
         ends = (
             (learned.q01, learned.q99)
             if learned.min is None or learned.max is None

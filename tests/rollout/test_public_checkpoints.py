@@ -21,6 +21,7 @@ from tests.checkpoints.libero_folders import ACTION, STATE
 from tests.rollout.libero_like import SENTENCE, START, LiberoLike, after, picture
 from vlafit import rollout
 from vlafit.actor import load_actor
+from vlafit.agreement import Agreement
 from vlafit.agreement.camera_map import camera_options
 from vlafit.checkpoints.formats.lerobot.write_processors import codec_refusals
 from vlafit.checkpoints.formats.openpi.norm_stats import FAST_CAMERAS
@@ -30,6 +31,7 @@ from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError, EmbodimentError, WeightsError
 from vlafit.execution import Execution
 from vlafit.rollout import Protocol
+from vlafit.rollout.reach import require_reach
 from vlafit.serve.describe import describe
 from vlafit.types import Feature
 
@@ -288,6 +290,9 @@ def test_a_gripper_of_openvla_s_data_is_refused_where_it_would_never_open(public
     load = {"config": OFT | OFT_CAMERAS, "frame_size": 256, "device": "cpu"}
     with pytest.raises(EmbodimentError, match=r"gripper.*from 0 to 1.*openvla.gripper=\[1, -1\]"):
         rollout.evaluate(load_actor(public / "oft", **load), protocol(256, 8), tmp_path / "out", workers=1)
+    refused = load_actor(public / "oft", **load)
+    refused.agreement = Agreement((), (), ())  # a run's: it may have learned from this robot's data
+    require_reach(refused, LiberoLike(EnvSpec("tests.rollout.libero_like", size=256)).embodiment, "here")
     for wrong, why in (([1.0], "closed and for open"), ([1.0, 1.0], "closed and for open")):
         load["config"] = OFT | OFT_CAMERAS | {"openvla.gripper": wrong}
         with pytest.raises(Exception, match=why):
