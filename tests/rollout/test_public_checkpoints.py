@@ -19,10 +19,11 @@ from PIL import Image
 from tests.checkpoints import libero_folders as folders
 from tests.checkpoints.libero_folders import ACTION, STATE
 from tests.rollout.libero_like import SENTENCE, START, LiberoLike, after, picture
-from vlafit import rollout
+from vlafit import checkpoints, rollout
 from vlafit.actor import load_actor
 from vlafit.agreement import Agreement
 from vlafit.agreement.camera_map import camera_options
+from vlafit.checkpoints.export import export
 from vlafit.checkpoints.formats.lerobot.write_processors import codec_refusals
 from vlafit.checkpoints.formats.openpi.norm_stats import FAST_CAMERAS
 from vlafit.cli import main
@@ -297,6 +298,17 @@ def test_a_gripper_of_openvla_s_data_is_refused_where_it_would_never_open(public
         load["config"] = OFT | OFT_CAMERAS | {"openvla.gripper": wrong}
         with pytest.raises(Exception, match=why):
             load_actor(public / "oft", **load)
+
+
+def test_a_policy_of_openvla_s_gripper_is_written_back_and_acts_as_before(public: Path, tmp_path: Path):
+    config = OFT | OFT_CAMERAS | {"openvla.gripper": [1.0, -1.0]}
+    export(public / "oft", "openvla", tmp_path / "out", config=config)
+    again = checkpoints.load(tmp_path / "out", config=OFT).codec
+    own = load_actor(public / "oft", config=config, device="cpu").codec
+    assert again is not None and again.config.action_form == own.config.action_form
+    stated = json.loads((tmp_path / "out" / "dataset_statistics.json").read_text())
+    (numbers,) = stated.values()
+    assert (numbers["action"]["min"][6], numbers["action"]["max"][6]) == (0, 1)  # as OFT's program reads it
 
 
 def test_steps_that_another_program_executes_are_named_where_they_differ(public: Path, tmp_path: Path):

@@ -21,6 +21,7 @@ from vlafit.checkpoints.options import LoadOptions, OptionTable
 from vlafit.checkpoints.voting import Stated
 from vlafit.codec import Codec, CodecSet, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
+from vlafit.codec.described import learned
 from vlafit.codec.normaliser import OPENVLA
 from vlafit.errors import WeightsError
 from vlafit.files import parse_json
@@ -69,6 +70,7 @@ class OpenVLAFormat(Format):
     name = names.FORM
     target = "openvla"
     takes_deferred = True
+    holds_columns = True  # a gripper of 0 and 1; `refusals` names everything else
     files = ("*--*_checkpoint.pt", "tokenizer.model")
     options = (
         OptionTable(
@@ -210,6 +212,8 @@ class OpenVLAFormat(Format):
             reasons.append(f"its prompts and frames are its own, this codec's are {c.prompt} and {c.framing}")
         if any(c.relative):
             reasons.append("its actions are never relative to the state")
+        if not _is_gripper(codec):
+            reasons += [f"openvla does not repeat this of its codec: {point}" for point in learned(codec)]
         return reasons
 
     def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
@@ -377,6 +381,17 @@ def _tokenizer(folder: Path, options: LoadOptions) -> Tokenizer | None:
 def _own_tokenizer(folder: Path) -> Path | None:
     files = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
     return next((file for file in files if file.is_file()), None)
+
+
+def _is_gripper(codec: Codec) -> bool:
+    """Whether all that is learned in another form is the last dimension, a gripper as OpenVLA's data have it.
+
+    The programs that play OpenVLA turn its 0 and 1 into the robot's values themselves.
+    """
+    config = codec.config
+    last = codec.embodiment.action.shape[0] - 1
+    ours = [one.dimension for one in config.action_form.grippers] == [last] and not config.action_form.poses
+    return ours and bool(config.unchanged) and config.unchanged[-1] and len(learned(codec)) == 1
 
 
 FORMAT = OpenVLAFormat()
