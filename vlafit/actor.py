@@ -390,10 +390,10 @@ def load_actor(
     trust = arguments.texts("trust", trust)
     base = None if base is None else arguments.path("base", base)
     kind = parse_dtype(dtype)
+    adaptation = Adaptation(config, tokenizer, assets, {} if cameras is None else cameras, frame_size)
     folder = checkpoints.place(arguments.path("path", path)).path
     if embodiment and (folder / "codec.json").is_file():  # before the weights are loaded
         CodecSet.load(folder).choose(embodiment, where=str(folder))
-    adaptation = Adaptation(config, tokenizer, assets, {} if cameras is None else cameras, frame_size)
     loaded = checkpoints.load_all(
         folder,
         config,

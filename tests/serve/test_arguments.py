@@ -134,6 +134,11 @@ LOADED = {  # values that are refused before a checkpoint is opened; others woul
     "embodiment": [*WORDS, ""],
     "compile": [True],
     "quantise": [*WORDS, ""],
+    "config": [{}, None],
+    "tokenizer": [*WORDS, None],
+    "assets": [*WORDS, None],
+    "cameras": [{}, None],
+    "frame_size": [5, 0],
 }
 
 

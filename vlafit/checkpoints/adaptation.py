@@ -18,6 +18,8 @@ from vlafit.codec import Codec, CodecSet
 from vlafit.codec.prompts import holds_state
 from vlafit.codec.seen import LARGEST_FRAME, camera_items, with_cameras
 from vlafit.codec.tokenizer import Tokenizer
+from vlafit.errors import ConfigError
+from vlafit.observations import short
 from vlafit.policies import merge_dotted
 
 
@@ -35,6 +37,8 @@ class Adaptation:
         """Raise ConfigError for arguments of another type, or an impossible size."""
         arguments.whole("frame_size", self.frame_size, 0, LARGEST_FRAME)
         arguments.table("cameras", self.cameras)
+        if self.config is not None and not isinstance(self.config, Mapping):
+            raise ConfigError(f"config must be a map of keys to values, or None, not {short(self.config)}")
         if self.assets is not None:
             arguments.text("assets", self.assets, empty=False)
         if self.tokenizer is not None and not isinstance(self.tokenizer, Tokenizer):
