@@ -101,6 +101,15 @@ def test_an_episode_starts_alike_whatever_came_before_also_its_fixtures(env: Lib
     moved.close()
 
 
+def test_a_microwave_stands_where_task_and_seed_say_however_often_it_was_reset(env: Libero) -> None:
+    task = "KITCHEN_SCENE6_put_the_yellow_and_white_mug_in_the_microwave_and_close_it"
+    places = []
+    for _ in range(3):
+        env.reset(task, 1, render=False)
+        places.append(env._model.body("microwave_1_main").pos.tolist())
+    assert places[0] == places[1] == places[2]
+
+
 def test_seeds_from_1000_on_are_starts_of_the_tasks_regions_and_never_official_ones(env: Libero) -> None:
     task = env.tasks[10]
     states = env._simulator.initial_states(task)

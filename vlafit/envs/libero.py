@@ -100,6 +100,7 @@ class Libero:
         )
         self._horizon = spec.horizon or HORIZON
         self._scene: Any = None  # robosuite's environment of the current task
+        self._samplers: list[Any] = []  # of the task's doors, drawers and knobs
         self._facts: PickAndPlace | None = None
         self._renderer: GlRenderer | RobosuiteRenderer | None = None
         self._disturbance: Disturbance | None = None
@@ -140,8 +141,12 @@ class Libero:
         if task != self._task:
             self.close()
             self._scene = self._simulator.make(task)
+            self._samplers = list(self._scene.env.object_property_initializers)
         options = self.spec.libero
         official = seed < SAMPLED
+        # LIBERO adds the samplers of doors, drawers and knobs again at each reset, and each draws random numbers:
+        # where the fixtures are would depend on how many episodes the environment has played.
+        self._scene.env.object_property_initializers = list(self._samplers)
         with _random_numbers(options.env_seed + options.env_seed_step * int(seed) if official else int(seed)):
             self._simulator.reset(self._scene, task)
             if official:
