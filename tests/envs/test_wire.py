@@ -26,12 +26,12 @@ MESSAGES = (
     Start(EnvSpec("toy")),
     Reset(1, "left", 2**63 - 1, 5, (0.0, 1.5), 0, True, False),
     Play(0, RNG.normal(size=(8, 4)).astype(np.float32), True, False, 2),
-    Ready(robot(), {"toy": "1"}, {"left": "go left"}, 2**40, 0),
+    Ready(robot(), {"toy": "1"}, {"left": "go left"}, 2**40, 0, True),
     Moved(3, SEEN, (SEEN,), 8, True, False, (SEEN.images["front"],)),
     Failed("Traceback ..."),
     Unplayable("no"),
     Start(EnvSpec("toy"), None, 1.0, {"left": (45, 10)}),
-    Ready(robot(), {"toy": "1"}, {"left": "go left"}, 2**40, 0, ("there is no start 50",)),
+    Ready(robot(), {"toy": "1"}, {"left": "go left"}, 2**40, 0, False, ("there is no start 50",)),
 )
 
 

@@ -11,6 +11,7 @@ from vlafit.envs import EnvSpec
 from vlafit.envs.libero import Libero
 from vlafit.types import Observation
 
+SHARES_PROCESS = True
 RAISES, DIES, HANGS = 1, 2, 3  # initial states
 
 

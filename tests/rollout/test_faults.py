@@ -157,5 +157,5 @@ def test_the_width_of_batches_is_chosen_from_the_episodes_and_kept(protocol: Mak
     ],
 )
 def test_workers_are_as_many_as_the_memory_holds(free: int, workers: int, expected: tuple[int, int]) -> None:
-    ready = Ready(robot(), {}, {}, program_bytes=GB, env_bytes=GB // 2)
+    ready = Ready(robot(), {}, {}, program_bytes=GB, env_bytes=GB // 2, shares_process=True)
     assert memory.places(ready, workers, cores=8, wanted=16, free=free) == expected

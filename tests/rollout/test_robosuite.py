@@ -7,6 +7,7 @@ VLAFIT_ROBOSUITE_PYTHON=$PWD/robosuite-env/bin/python pytest tests/rollout/test_
 
 import json
 import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,8 +35,23 @@ class Reaching:
         return ActionChunk(actions.clip(-1, 1))
 
 
+LIVE = pytest.mark.skipif(
+    not PYTHON, reason="VLAFIT_ROBOSUITE_PYTHON names no interpreter with robosuite 1.5"
+)
+
+
 @pytest.mark.peer
-@pytest.mark.skipif(not PYTHON, reason="VLAFIT_ROBOSUITE_PYTHON names no interpreter with robosuite 1.5")
+@LIVE
+def test_its_renderers_do_not_disturb_each_other_when_garbage_is_collected() -> None:
+    paths = os.pathsep.join(map(str, (EXAMPLES, EXAMPLES.parent)))
+    command = [PYTHON, "-m", "vlafit.envs.sharing", "robosuite_lift", "--renderer", "egl"]
+    environment = {**os.environ, "PYTHONPATH": paths, "MUJOCO_GL": "egl"}
+    checked = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr[-1000:]
+
+
+@pytest.mark.peer
+@LIVE
 def test_robosuite_is_played_alike_by_one_and_two_workers_and_its_versions_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from vlafit.envs import EnvSpec
 from vlafit.errors import SimulationError
 from vlafit.types import Embodiment, Feature, Observation
 
+SHARES_PROCESS = True
 SENTENCES = {
     "left": "go to the left",
     "right": "go to the right",

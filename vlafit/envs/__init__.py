@@ -22,6 +22,7 @@ HELPERS = (
     "experts",
     "experts_libero",
     "experts_pusht",
+    "garbage",
     "gl",
     "host",
     "libero_scene",
@@ -31,6 +32,7 @@ HELPERS = (
     "robosuite_gl",
     "sentences",
     "shapes",
+    "sharing",
     "vector",
     "view",
     "wire",
@@ -139,6 +141,11 @@ def make(spec: EnvSpec) -> Env:
             "choose metaworld or libero"
         )
     return module.make(spec)
+
+
+def shares_process(name: str) -> bool:
+    """Return whether several environments of this simulation can be in one process: if its module says so."""
+    return bool(getattr(_module(name), "SHARES_PROCESS", False))
 
 
 def expert(name: str) -> Actor:

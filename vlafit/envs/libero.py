@@ -38,6 +38,7 @@ from vlafit.envs.view import View
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import NOTHING, Embodiment, Feature, Observation
 
+SHARES_PROCESS = True  # several environments in one process draw what each draws alone
 PERTURBABLE = True  # cameras and lights, by EnvSpec.perturb
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 PERTURBED_SUITES = tuple(
@@ -144,8 +145,8 @@ class Libero:
             self._samplers = list(self._scene.env.object_property_initializers)
         options = self.spec.libero
         official = seed < SAMPLED
-        # LIBERO adds the samplers of doors, drawers and knobs again at each reset, and each draws random numbers:
-        # where the fixtures are would depend on how many episodes the environment has played.
+        # LIBERO adds the samplers of doors, drawers and knobs again at each reset, and each draws a random
+        # number: where the fixtures are would depend on how many episodes the environment has played.
         self._scene.env.object_property_initializers = list(self._samplers)
         with _random_numbers(options.env_seed + options.env_seed_step * int(seed) if official else int(seed)):
             self._simulator.reset(self._scene, task)

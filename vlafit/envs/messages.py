@@ -67,6 +67,7 @@ class Ready:
     instructions: Mapping[str, str]  # of each task
     program_bytes: int  # memory of the process before it began an episode
     env_bytes: int  # what the episode's environment added
+    shares_process: bool  # whether a process can have several of them
     missing: tuple[str, ...] = ()  # of each task without a start for one of `Start.seeds`, the reason
 
 

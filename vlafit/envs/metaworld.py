@@ -29,6 +29,7 @@ from vlafit.envs.view import View, from_quaternion, look_at
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import NOTHING, Embodiment, Feature, Observation
 
+SHARES_PROCESS = True  # several environments in one process draw what each draws alone
 PERTURBABLE = True  # cameras and lights, by EnvSpec.perturb
 HZ = 80.0  # Meta-World: 5 physics steps of 2.5 ms each
 MAX_STEPS = 500  # Meta-World's own limit

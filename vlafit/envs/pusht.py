@@ -14,6 +14,7 @@ from vlafit.envs.experts_pusht import PushTExpert
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import NOTHING, Embodiment, Feature, Observation
 
+SHARES_PROCESS = True  # several environments in one process draw what each draws alone
 TASK = "push-t"
 SENTENCE = "push the T-shaped block onto the green T"
 CAMERA = "top"

@@ -8,6 +8,7 @@ from vlafit.envs.experts_pusht import PushTExpert
 from vlafit.envs.pusht import PushT
 from vlafit.types import Feature
 
+SHARES_PROCESS = True  # several environments in one process draw what each draws alone
 KEYPOINTS = 8  # corners of the two rectangles of the T, in gym-pusht's order
 LABELS = tuple(f"{axis}{corner}" for corner in range(KEYPOINTS) for axis in "xy")
 

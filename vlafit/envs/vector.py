@@ -24,7 +24,8 @@ class GymVector(VectorEnv):
 
     An observation is {"images": {camera: uint8 [n, h, w, 3]}, "state": float32 [n, s], "instruction": n
     strings}. The reward is 1 in the step that first succeeds, which also terminates. `info["success"]` is
-    bool [n]. `envs` are closed with it. Raises SimulationError for robots that differ or missing tasks.
+    bool [n]. `envs` are closed with it; that they can share a process is what `vlafit.envs.sharing` checks.
+    Raises SimulationError for robots that differ or missing tasks.
     """
 
     metadata: ClassVar[dict[str, Any]] = {

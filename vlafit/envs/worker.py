@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.envs import EnvSpec, make
+from vlafit.envs import EnvSpec, make, shares_process
 from vlafit.envs.checks import check_flag, check_observation, missing_start
+from vlafit.envs.garbage import keep_contexts
 from vlafit.envs.messages import (
     COMMANDS,
     Command,
@@ -70,7 +71,8 @@ class _Worker:
                         return Unplayable(str(error) if fixable else traceback.format_exc())
                 added = max(0, _memory() - before)
                 versions = {**(_interpreter() if spec.python else {}), **env.versions}
-                return Ready(env.embodiment, versions, tasks, before, added, missing)
+                shared = shares_process(spec.name)
+                return Ready(env.embodiment, versions, tasks, before, added, shared, missing)
             case Reset() | Play():
                 began = time.monotonic()
                 moved = self._reset(command) if isinstance(command, Reset) else self._play(command)
@@ -207,6 +209,7 @@ def main(handle: int) -> None:
     """Serve the socket `handle` until the parent closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
     faulthandler.enable()
+    keep_contexts()
     connection = Connection(handle)
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     worker = _Worker()

@@ -15,6 +15,7 @@ from multiprocessing import util
 
 from vlafit import envs
 from vlafit.datasets.card import RecordSpec
+from vlafit.envs.garbage import keep_contexts
 from vlafit.errors import SimulationError
 from vlafit.record.episode import play
 from vlafit.record.plan import RecordingPlan
@@ -172,6 +173,7 @@ _worker: _Worker | None = None  # of this process; creating an environment for e
 
 def _start(plan: RecordingPlan, folder: RecordingFolder) -> None:
     global _worker
+    keep_contexts()
     _worker = _Worker(plan, folder, envs.make(plan.spec))
 
 

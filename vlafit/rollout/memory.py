@@ -22,11 +22,11 @@ def places(ready: Ready, workers: int, cores: int, wanted: int, free: int) -> tu
 
     `wanted` environments at most; `workers` processes, or one for each core where it is 0. What does not fit
     into the `free` bytes (beside the process that runs already) is left out: first environments of a process,
-    then processes that were not asked for.
+    then processes that were not asked for. An environment that cannot share a process has one of its own.
     """
     budget = SHARE * (free + ready.program_bytes + ready.env_bytes)
     processes = max(1, min(workers or cores, wanted))
-    slots = -(-wanted // processes)
+    slots = -(-wanted // processes) if ready.shares_process else 1
     while slots > 1 and processes * (ready.program_bytes + slots * ready.env_bytes) > budget:
         slots -= 1
     fitting = max(1, int(budget // max(1, ready.program_bytes + ready.env_bytes)))
