@@ -6,7 +6,7 @@
 Seeds 0 to 49 are the official initial states, those from 1000 on are sampled from the tasks' BDDL regions,
 as `vlafit record` samples them. Horizon, settle steps and tasks are those of the suite's openpi protocol; no
 picture is drawn. Episodes that the file holds already are not played again, so a stopped run goes on; those
-of another expert (`expert` is a hash of its code) are removed.
+of another expert are removed: `expert` is a hash of the code of the motion that the task takes.
 Prints the table of all; `python eval/readme.py` writes it into eval/README.md.
 """
 
@@ -23,13 +23,26 @@ from pathlib import Path
 import numpy as np
 
 from vlafit import envs, files
-from vlafit.envs import experts_libero, libero_scene
+from vlafit.envs import (
+    experts_libero,
+    experts_libero_parts,
+    experts_libero_place,
+    experts_libero_push,
+    libero_control,
+    libero_parts,
+    libero_scene,
+)
 from vlafit.envs.libero import SAMPLED, Libero
 from vlafit.rollout import Protocol, load_protocol
 from vlafit.types import ActionChunk, Actor, EpisodeKey, Observation
 
 RESULTS = Path("eval/results/libero-expert.jsonl")
-CODE = (experts_libero, libero_scene)  # modules that decide what the expert does
+EACH = (libero_control, libero_scene)  # modules of every motion
+CODE = {
+    "part": (experts_libero_parts, libero_parts),
+    "place": (experts_libero_place,),
+    "push": (experts_libero_push,),
+}  # those of each motion
 
 
 class Chance:
@@ -58,11 +71,12 @@ def main() -> None:
     protocol = load_protocol(f"{options.suite}-openpi")
     numbers = options.tasks if options.tasks is not None else range(len(protocol.tasks))
     lines = options.results.read_text().splitlines() if options.results.is_file() else []
-    code = hashlib.sha256(
-        b"".join(Path(inspect.getfile(module)).read_bytes() for module in CODE)
-    ).hexdigest()[:12]
     earlier = [json.loads(line) for line in lines]
-    rows = [row for row in earlier if row["actor"] == "chance" or row.get("expert") == code]
+    rows = [
+        row
+        for row in earlier
+        if row["actor"] == "chance" or row["expert"] == code(row.get("motion", "place"))
+    ]
     if len(rows) < len(earlier):
         files.write_atomic(options.results, "".join(json.dumps(row) + "\n" for row in rows))
     played = {(row["actor"], row["task"], row["seed"]) for row in rows}
@@ -76,7 +90,9 @@ def main() -> None:
                 actor = envs.expert("libero") if options.actor == "expert" else Chance()
                 row = {"suite": options.suite, "actor": options.actor, "task": task, "seed": seed}
                 row |= play(env, actor, protocol, task, seed)
-                rows.append(row | ({"expert": code} if options.actor == "expert" else {}))
+                if options.actor == "expert":
+                    row |= {"expert": code(row["motion"])}
+                rows.append(row)
                 with options.results.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(json.dumps(rows[-1]), flush=True)
@@ -85,8 +101,16 @@ def main() -> None:
     show(rows)
 
 
+def code(motion: str) -> str:
+    """Return a hash of the code that plays a motion."""
+    modules = (*EACH, *CODE[motion])
+    return hashlib.sha256(
+        b"".join(Path(inspect.getfile(module)).read_bytes() for module in modules)
+    ).hexdigest()[:12]
+
+
 def play(env: Libero, actor: Actor, protocol: Protocol, task: str, seed: int) -> dict[str, object]:
-    """Play one episode; return its success, steps and CPU time."""
+    """Play one episode; return its success, steps, CPU time and the motion that the expert has for it."""
     started = time.process_time()
     observation = env.reset(task, seed, render=False)
     if seed < SAMPLED:
@@ -99,7 +123,8 @@ def play(env: Libero, actor: Actor, protocol: Protocol, task: str, seed: int) ->
         observation, success, _ = env.step(action, render=False)
         steps += 1
     cpu = round(time.process_time() - started, 1)
-    return {"success": success, "steps": steps, "cpu_s": cpu, "mujoco": version("mujoco")}
+    motion = experts_libero.motion(observation)
+    return {"success": success, "steps": steps, "cpu_s": cpu, "mujoco": version("mujoco"), "motion": motion}
 
 
 def show(rows: list[dict]) -> None:

@@ -31,6 +31,7 @@ from vlafit.envs import EnvSpec, Perturbation, versioned
 from vlafit.envs.checks import check_action
 from vlafit.envs.experts_libero import LiberoExpert
 from vlafit.envs.gl import PACKAGES, GlRenderer
+from vlafit.envs.libero_parts import Part, is_part
 from vlafit.envs.libero_scene import PickAndPlace, is_pick_and_place
 from vlafit.envs.perturb import Disturbance
 from vlafit.envs.robosuite_gl import RobosuiteRenderer
@@ -102,7 +103,7 @@ class Libero:
         self._horizon = spec.horizon or HORIZON
         self._scene: Any = None  # robosuite's environment of the current task
         self._samplers: list[Any] = []  # of the task's doors, drawers and knobs
-        self._facts: PickAndPlace | None = None
+        self._facts: PickAndPlace | Part | None = None
         self._renderer: GlRenderer | RobosuiteRenderer | None = None
         self._disturbance: Disturbance | None = None
         self._task = ""
@@ -158,6 +159,8 @@ class Libero:
                 _require_another_start(self._scene.get_sim_state(), states, task, seed)
         domain = self._scene.env
         self._facts = PickAndPlace(domain) if is_pick_and_place(domain) else None
+        if is_part(domain):
+            self._facts = Part(domain)
         self._close_renderer()  # a hard reset makes another model
         self._task, self._steps, self._succeeded = task, 0, False
         if self.spec.perturb != Perturbation():
@@ -324,7 +327,7 @@ def make(spec: EnvSpec) -> Libero:
 
 
 def make_expert() -> LiberoExpert:
-    """Create the scripted expert of the tasks with one object to pick up and place."""
+    """Create the scripted expert of tasks with one object to move, drawer to open or knob to turn on."""
     return LiberoExpert()
 
 
