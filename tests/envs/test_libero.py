@@ -10,8 +10,10 @@ pytest.importorskip("libero", reason="needs the extra libero (pip install 'vlafi
 
 from tests.rollout.libero_like import LiberoLike
 from vlafit.envs import EnvSpec, LiberoSpec, Perturbation, make
+from vlafit.envs.experts_libero import LiberoExpert
 from vlafit.envs.libero import PERTURBED_SUITES, SUITES, Libero, _require_another_start
 from vlafit.errors import SimulationError
+from vlafit.types import EpisodeKey
 
 pytestmark = pytest.mark.sim
 
@@ -269,3 +271,25 @@ def test_a_dark_scene_is_darker(env: Libero) -> None:
 
 def test_importing_it_leaves_the_environment_variables_alone(env: Libero) -> None:
     assert os.environ.get("MUJOCO_GL") != "glx"
+
+
+def test_the_expert_turns_the_stove_on_by_its_own_actions(env: Libero) -> None:
+    expert, task = LiberoExpert(), "turn_on_the_stove"
+    seen, success, step = env.reset(task, 1000, render=False), False, 0
+    near, far = seen.privileged["joint_goal"]
+    assert seen.privileged["joint"] < near < far
+    while not success and step < 300:
+        action = expert.act([seen], [EpisodeKey(1000, task, step)])[0].actions[0]
+        seen, success, _ = env.step(action, render=False)
+        step += 1
+    assert success and near <= seen.privileged["joint"] <= far
+
+
+def test_parts_are_told_of_tasks_with_one_drawer_to_open_and_not_of_others(env: Libero) -> None:
+    seen = env.reset("open_the_middle_drawer_of_the_cabinet", 1000, render=False).privileged
+    np.testing.assert_allclose(np.abs(seen["joint_axis"]), [0, 1, 0], atol=1e-2)
+    np.testing.assert_allclose(seen["joint_goal"], [-0.14, -0.16])
+    assert seen["part"][:, 1].max() > seen["joint_anchor"][1] + 0.1  # the handle stands out to +y
+    for task in ("open_the_top_drawer_and_put_the_bowl_inside", "KITCHEN_SCENE7_open_the_microwave"):
+        facts = env.reset(task, 1000, render=False).privileged
+        assert "part" not in facts and "grasped" not in facts

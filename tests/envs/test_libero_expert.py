@@ -1,10 +1,12 @@
-"""How LIBERO's scripted expert chooses a grasp, without the simulator."""
+"""How LIBERO's scripted expert picks up and places, without the simulator."""
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vlafit.envs.experts_libero import LOST, METRES, LiberoExpert, plan_grasp
+from vlafit.envs.experts_libero import LiberoExpert
+from vlafit.envs.experts_libero_place import LOST, plan_grasp
+from vlafit.envs.libero_control import METRES
 from vlafit.errors import SimulationError
 from vlafit.types import EpisodeKey, Observation
 
@@ -135,7 +137,7 @@ def test_fingers_keep_clear_of_what_stands_beside_the_rim() -> None:
     np.testing.assert_allclose(one_side.axis, [0, -1], atol=1e-9)
 
 
-def test_a_task_without_one_object_to_move_is_refused_by_name() -> None:
-    seen = Observation({}, np.zeros(8, np.float32), "turn on the stove")
-    with pytest.raises(SimulationError, match="task 'stove'.*one object to move"):
-        LiberoExpert().act([seen], [EpisodeKey(0, "stove", 0)])
+def test_a_task_without_facts_of_its_goal_is_refused_by_name() -> None:
+    seen = Observation({}, np.zeros(8, np.float32), "open the top drawer and put the bowl inside")
+    with pytest.raises(SimulationError, match="task 'inside'.*one object.*closed drawer.*record.tasks"):
+        LiberoExpert().act([seen], [EpisodeKey(0, "inside", 0)])
