@@ -264,9 +264,10 @@ def _require_playable(
     """
     require_versions(protocol, ready.versions)
     require_tasks(protocol, ready.instructions)
-    if ready.missing:
-        more = f" ({len(ready.missing) - 1} other tasks lack starts, too)" if len(ready.missing) > 1 else ""
-        raise ConfigError(f"protocol {protocol.name!r}: {ready.missing[0]}{more}")
+    missing = list(ready.missing)
+    if missing:
+        more = f" ({len(missing) - 1} other tasks lack starts, too)" if len(missing) > 1 else ""
+        raise ConfigError(f"protocol {protocol.name!r}: {missing[0]}{more}")
     require_actions(protocol, ready.embodiment)
     if trained:
         require_same(trained, "the policy", ready.embodiment, f"protocol {protocol.name!r}", remedy)
