@@ -90,8 +90,9 @@ def main() -> None:
                 actor = envs.expert("libero") if options.actor == "expert" else Chance()
                 row = {"suite": options.suite, "actor": options.actor, "task": task, "seed": seed}
                 row |= play(env, actor, protocol, task, seed)
+                motion = row.pop("motion")
                 if options.actor == "expert":
-                    row |= {"expert": code(row["motion"])}
+                    row |= {"motion": motion, "expert": code(motion)}
                 rows.append(row)
                 with options.results.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
