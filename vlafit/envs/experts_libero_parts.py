@@ -105,7 +105,8 @@ def plan_hold(facts: Facts) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     close = min(ways, key=lambda way: way[0])[1]
     rotation = np.stack([close, np.cross(-out, close), -out], 1)
     other = rotation * [-1, -1, 1]  # the other finger first
-    rotation = min(rotation, other, key=lambda way: apart(way, facts["hand_rotation"]))
+    turns = [np.asarray(way, np.float64) for way in (rotation, other)]
+    rotation = min(turns, key=lambda way: apart(way, facts["hand_rotation"]))
     middle = (layer @ rotation).max(0) / 2 + (layer @ rotation).min(0) / 2
     middle[2] = -(along.max() - DEPTH)
     if not facts["slides"][0]:  # at the nearer end, which has the longer lever and needs less reach

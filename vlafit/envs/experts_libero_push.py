@@ -98,7 +98,7 @@ def plan_route(facts: Facts) -> list[NDArray[np.float64]]:
     points, start, place = facts["points"], facts["object"][:2], facts["place"][:2]
     radius = np.linalg.norm(points[:, :2] - start, axis=1).max() + CLEAR
     low = facts["around"][facts["around"][:, 2] < points[:, 2].max() + CLEAR]
-    things = np.unique(np.round(low[:, :2], 2), axis=0)
+    things = np.asarray(np.unique(np.round(low[:, :2], 2), axis=0), np.float64)
     places = place + _grid(np.linspace(-1, 1, 5)) * np.maximum(facts["room"] - THERE, 0)  # [p, 2]
     corners = np.concatenate(
         [start[None], (start + place) / 2 + _grid(np.arange(-0.24, 0.25, 0.03))]
