@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,22 @@ def test_the_card_opens_what_it_recorded(recorded: Path) -> None:
     np.testing.assert_array_equal(store.state(0)[0], first.state)
 
 
+def test_a_file_with_another_name_still_says_whose_seeds_it_holds(recorded: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    shutil.copy(recorded / "small.toml", tmp_path / "small.toml")
+    for number, task in enumerate(TASKS):
+        shutil.copy(recorded / "small" / f"{task}_demo.hdf5", tmp_path / "small" / f"mine_{number}.hdf5")
+    store = open_dataset(load_card(tmp_path / "small.toml"))
+    assert [(one.task, one.seed) for one in store.episodes][::2] == [(task, 1000) for task in TASKS]
+
+
+def test_starts_of_evaluations_are_not_recorded(recorded: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("vlafit.envs.metaworld.MetaWorld.recorded_from", 1001, raising=False)
+    with pytest.raises(ConfigError, match=r"record\.first_seed = 1000: seeds below 1001 are the starts from"):
+        record(load_card(recorded / "small.toml"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_clean_labels_replayed_from_the_seed_succeed_again(recorded: Path) -> None:
     env = make(EnvSpec("metaworld", size=16, cameras=("workspace",)))
     with h5py.File(recorded / "small" / f"{TASKS[0]}_demo.hdf5") as file:
@@ -159,8 +176,8 @@ def test_a_recording_that_is_stopped_and_resumed_equals_one_made_at_once(
     its_workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(how)
     _, said = process.communicate()
-    assert process.returncode == (130 if how == signal.SIGINT else -how), said
-    assert how != signal.SIGINT or "interrupted; continue with the same command and --resume" in said
+    assert process.returncode == (-how if how == signal.SIGKILL else 130), said
+    assert how == signal.SIGKILL or "interrupted; continue with the same command and --resume" in said
     assert not (out / f"{TASKS[1]}_demo.hdf5").exists()
     assert all(part.exists() for part in parts)  # what was finished is there
     with pytest.raises(DataError, match=r"stopped already holds a recording.*--resume"):

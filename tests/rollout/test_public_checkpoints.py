@@ -250,6 +250,8 @@ def test_a_message_leads_to_the_command_that_runs(public: Path, tmp_path: Path, 
     error = capsys.readouterr().err
     proposed = error[error.index("--cameras") : error.index(" of eval and serve")]
     assert proposed == "--cameras image=agentview image2=wrist --frame-size 360"
+    assert main([*command, *_options(proposed.replace("image2=wrist", "image2=wrst"))]) == 2
+    assert "--cameras: the robot has no camera 'wrst'; did you mean 'wrist'?" in capsys.readouterr().err
     assert main([*command, *_options(proposed)]) == 0
     shown = capsys.readouterr().out
     assert "agentview 360x360" in shown and "image 256x256" in shown

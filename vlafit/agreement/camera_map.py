@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from vlafit.agreement.values import PLACEHOLDER
+from vlafit.errors import nearest
 from vlafit.types import Embodiment, Feature, differences
 
 NAME = r"[A-Za-z0-9_-]+"  # what a command line takes without quotes
@@ -138,11 +139,11 @@ def _resized(
     )
 
 
-def camera_options(policy: Embodiment, robot: Embodiment) -> str:
+def camera_options(policy: Embodiment, robot: Embodiment, given: bool = False) -> str:
     """Return how an evaluation gives a policy's cameras the robot's names and its frames their size.
 
     "" where they have the same, or the robots differ in anything else. What no name tells is left to the
-    user.
+    user. `given`: whether the policy's cameras have been named in this way before.
     """
     if any(not text.startswith(("cameras", "size of camera")) for text in differences(policy, robot)):
         return ""
@@ -152,6 +153,11 @@ def camera_options(policy: Embodiment, robot: Embodiment) -> str:
     size = "".join(f" --frame-size {shape[0]}" for shape in sizes) if other and len(sizes) == 1 else ""
     if set(slots) == set(recorded):
         return f"If frames of this size are meant: {size.strip()} of eval and serve" if size else ""
+    if given:
+        wrong = [name for name in slots if name not in recorded]
+        found = "; ".join(f"no camera {name!r}{nearest(name, recorded)}" for name in wrong)
+        left = ", ".join(name for name in recorded if name not in slots)
+        return f"--cameras: the robot has {found or f'also {left}, which no camera of the policy is'}"
     known = KNOWN.get(robot.name, {})
     chosen = {slot: known[slot] for slot in slots if known.get(slot) in (*recorded, "")}
     if len({name for name in chosen.values() if name}) < len([name for name in chosen.values() if name]):

@@ -115,6 +115,8 @@ class Libero:
         self._require(task)
         return self._simulator.sentence(task)
 
+    recorded_from = SAMPLED  # policies are evaluated from the official initial states
+
     def missing_start(self, task: str, seeds: range) -> str:
         """Return why one of the seeds is no start of a task; "" if all are."""
         states = len(self._simulator.initial_states(task))

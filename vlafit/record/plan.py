@@ -95,9 +95,14 @@ def require_recordable(card: Card, plan: RecordingPlan, env: Env) -> None:
             f"{card_is}: robot.renderer is {card.robot.renderer!r}, "
             f"but the environment renders with {env.embodiment.renderer!r}; write that into the card"
         )
+    first, least = plan.record.first_seed, int(getattr(env, "recorded_from", 0))
+    if first < least:
+        raise ConfigError(
+            f"{card_is}: record.first_seed = {first}: seeds below {least} are the starts from which policies "
+            f"of environment {plan.spec.name!r} are evaluated; set it to {least} or more"
+        )
     for task in plan.record.tasks:
         env.instruction(task)  # raises for an unknown task
-        first = plan.record.first_seed
         if missing := missing_start(env, task, range(first, first + plan.record.episodes_per_task)):
             raise ConfigError(f"{card_is}: record.first_seed = {first}: {missing}")
     envs.expert(plan.spec.name)

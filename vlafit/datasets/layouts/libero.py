@@ -75,8 +75,8 @@ def describe(path: Path) -> Draft:
 
 
 def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
-    task = path.stem.removesuffix("_demo")
     demos = demonstrations_below(file, path, card)  # first: it names what a damaged file lacks
+    task = _task(file, path)
     turned = [c.name for c in card.robot.cameras if (c.rotate == 180) != (c.flip == "vertical")]
     if turned and _upright(file):
         log.warning(
@@ -90,6 +90,13 @@ def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demons
         known = int(seed) if isinstance(seed, int | np.integer) else None
         length = declared_length(file[f"data/{demo}"])
         yield Demonstration(f"data/{demo}", f"{name}/{demo}", task, known, length)
+
+
+def _task(file: h5py.File, path: Path) -> str:
+    """Return the task of the file's seeds: as `vlafit record` named it, whatever the file is called."""
+    attrs = file["data"].attrs
+    named = plain(attrs.get("env_name")) if "recording" in attrs else None
+    return named if isinstance(named, str) and named else path.stem.removesuffix("_demo")
 
 
 def _upright(file: h5py.File) -> bool:
