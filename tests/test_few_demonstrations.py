@@ -180,14 +180,20 @@ def strategies() -> ModuleType:
 
 
 def test_every_strategy_is_played_at_the_best_of_at_least_two_rates_that_the_search_tried(
-    strategies: ModuleType, tables: ModuleType
+    search: ModuleType, strategies: ModuleType, tables: ModuleType
 ) -> None:
-    tried: dict[str, dict[float, int]] = {}
-    for line in filter(tables.is_of_strategies, SEARCHED):
-        tried.setdefault(line["strategy"], {})[line["lr"]] = line["successes"]
-    fixed = {**dict(strategies.STRATEGIES.values()), "full": 2e-3}  # of the recipe few-demonstrations
-    for strategy, lr in fixed.items():
-        assert len(tried[strategy]) >= 2 and tried[strategy][lr] == max(tried[strategy].values())
+    """The best for training seed 0, or over the seeds that no published run has."""
+    fixed = [*strategies.STRATEGIES.values(), ("full", 2e-3)]  # of the recipe few-demonstrations
+    for strategy, lr in fixed:
+        best = set()
+        for seeds in ((0,), search.SEEDS):
+            tried: dict[float, list[int]] = {}
+            for line in filter(tables.is_of_strategies, SEARCHED):
+                if line["strategy"] == strategy and line["seed"] in seeds:
+                    tried.setdefault(line["lr"], []).append(line["successes"])
+            sums = {rate: sum(of) for rate, of in tried.items() if len(of) == len(seeds)}
+            best |= {rate for rate, of in sums.items() if len(sums) >= 2 and of == max(sums.values())}
+        assert lr in best, strategy
 
 
 def test_published_strategies_differ_in_strategy_and_rate_alone(strategies: ModuleType) -> None:

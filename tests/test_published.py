@@ -71,6 +71,7 @@ def test_a_shipped_checkpoint_tells_its_data_and_its_success_by_task(name: str) 
     assert not set(load_protocol(MADE_FOR[name]).tasks) & set(data["record"]["tasks"])
     success = facts(folder / "success.json")
     assert set(success["tasks"]) == set(data["record"]["tasks"])
+    assert f"sha256:{checkpoints.digest(folder)} " in success["actor"]  # played as it ships
     episodes = files.read_json_lines(folder / "episodes.jsonl")
     assert success["overall"]["successes"] == sum(episode["success"] is True for episode in episodes)
     for protocol in shipped.names("protocol"):

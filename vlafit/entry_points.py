@@ -60,11 +60,12 @@ def import_outside(path: str, what: str) -> ModuleType:
 
 
 def outside_hashes() -> dict[str, str]:
-    """Return the hash of the file of each module outside vlafit that was imported by its name."""
+    """Return the hash of the file of each module outside vlafit that was imported by its name; "" without."""
     hashes = {}
     for name in sorted(_OUTSIDE):
         file = getattr(sys.modules.get(name), "__file__", None)
-        hashes[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+        there = file and Path(file).is_file()  # it may have been removed since
+        hashes[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest() if there else ""
     return hashes
 
 

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vlafit import entry_points
 from vlafit.envs import EnvSpec, names, shares_process
 from vlafit.envs.messages import Play, Reset
 from vlafit.envs.sharing import check_sharing
@@ -80,11 +82,13 @@ def test_the_check_finds_renderers_that_disturb_each_other() -> None:
 
 
 @pytest.fixture
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EnvSpec:
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EnvSpec]:
     """An environment of another package, whose starts global random numbers decide."""
     (tmp_path / "unseeded_dot.py").write_text(UNSEEDED)
     monkeypatch.syspath_prepend(tmp_path)
-    return EnvSpec("unseeded_dot", 16)
+    monkeypatch.setattr(entry_points, "_OUTSIDE", dict(entry_points._OUTSIDE))  # it outlives this test
+    yield EnvSpec("unseeded_dot", 16)
+    sys.modules.pop("unseeded_dot", None)
 
 
 def test_the_check_finds_starts_that_global_random_numbers_decide(outside: EnvSpec) -> None:
