@@ -24,6 +24,7 @@ from pathlib import Path
 
 import few_demonstrations_strategies
 from cells import LONG, evaluation_of, every, read, read_lines, runs_by_seed, score_of
+from few_demonstrations import OWN_RATES
 from few_demonstrations_tables import RECIPES
 from training_run import carry_out, is_finished, keep_text
 
@@ -159,12 +160,20 @@ def draw(results: Path) -> None:
         files.write_atomic(path, ablation_figure(arms, few_demonstrations_strategies.TITLE))
         tuned = few_demonstrations_strategies.published(results / "strategies")
         if evaluation_of(every(tuned)) == LONG:
-            first, *others = arms  # the full checkpoint, fully fine-tuned, is a strategy too
-            scored = {name: tuple(score_of(run, LONG) for run in of.values()) for name, of in tuned.items()}
-            arms = [Arm(f"checkpoint, {name}", of) for name, of in scored.items() if of != first.scores]
-            arms += [replace(arm, label=f"{arm.label}, full") for arm in others]
-            arms.sort(key=lambda arm: -sum(score.successes for score in arm.scores))
-            arms.insert(0, replace(first, label="checkpoint, full"))
+            rates = {"full": OWN_RATES["full checkpoint"]}
+            rates |= {name: lr for name, (_, lr) in few_demonstrations_strategies.STRATEGIES.items()}
+            every_arm = [
+                Arm(
+                    f"checkpoint, {name.partition('-lr-')[0]} at {rates[name]:g}",
+                    tuple(score_of(run, LONG) for run in of.values()),
+                )
+                for name, of in tuned.items()
+            ]
+            first, *others = every_arm
+            for arm, rate in zip(arms[1:], list(OWN_RATES.values())[1:], strict=True):
+                others.append(replace(arm, label=f"{arm.label}, full at {rate:g}"))
+            others.sort(key=lambda arm: -sum(score.successes for score in arm.scores))
+            arms = [first, *others]
             files.write_atomic(results / "figure.png", ablation_figure(arms, ALL))
 
 
