@@ -64,8 +64,8 @@ def outside_hashes() -> dict[str, str]:
     hashes = {}
     for name in sorted(_OUTSIDE):
         file = getattr(sys.modules.get(name), "__file__", None)
-        there = file and Path(file).is_file()  # it may have been removed since
-        hashes[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest() if there else ""
+        kept = file is not None and Path(file).is_file()  # it may have been removed since
+        hashes[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and kept else ""
     return hashes
 
 
