@@ -139,11 +139,11 @@ def _resized(
     )
 
 
-def camera_options(policy: Embodiment, robot: Embodiment, given: bool = False) -> str:
+def camera_options(policy: Embodiment, robot: Embodiment, named: bool = False) -> str:
     """Return how an evaluation gives a policy's cameras the robot's names and its frames their size.
 
     "" where they have the same, or the robots differ in anything else. What no name tells is left to the
-    user. `given`: whether the policy's cameras have been named in this way before.
+    user. `named`: whether the policy's cameras have been named in this way before.
     """
     if any(not text.startswith(("cameras", "size of camera")) for text in differences(policy, robot)):
         return ""
@@ -153,7 +153,7 @@ def camera_options(policy: Embodiment, robot: Embodiment, given: bool = False) -
     size = "".join(f" --frame-size {shape[0]}" for shape in sizes) if other and len(sizes) == 1 else ""
     if set(slots) == set(recorded):
         return f"If frames of this size are meant: {size.strip()} of eval and serve" if size else ""
-    if given:
+    if named:
         wrong = [name for name in slots if name not in recorded]
         found = "; ".join(f"no camera {name!r}{nearest(name, recorded)}" for name in wrong)
         left = ", ".join(name for name in recorded if name not in slots)
