@@ -28,6 +28,7 @@ STRATEGIES: dict[str, tuple[str, float]] = {  # name: strategy, learning rate
     "lora": ("lora", 2e-3),
     "lora-lr-0.001": ("lora", 1e-3),
     "lora-rank-2": ("eval/results/few-demonstrations/lora-rank-2.toml", 5e-3),
+    "lora-rank-2-lr-0.002": ("eval/results/few-demonstrations/lora-rank-2.toml", 2e-3),
     "dora": ("dora", 2e-3),
     "dora-lr-0.001": ("dora", 1e-3),
     "progressive-short": ("eval/results/few-demonstrations/progressive-short.toml", 2e-3),
