@@ -1,5 +1,6 @@
 """Environments and renderers in one process do not disturb each other; a check finds those that would."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from vlafit import entry_points
-from vlafit.envs import EnvSpec, names, shares_process
+from vlafit.envs import EnvSpec, garbage, names, shares_process
 from vlafit.envs.messages import Play, Reset
 from vlafit.envs.sharing import check_sharing
 from vlafit.errors import SimulationError
@@ -74,7 +75,19 @@ def test_a_renderer_that_dies_late_does_not_break_the_pictures_of_the_next_episo
     np.testing.assert_array_equal(np.stack(again), np.stack(alone))
 
 
-@pytest.mark.usefixtures("egl")
+@pytest.fixture(params=[False, True])
+def guarded(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whether this process has the guard of environment processes, as one that has recorded does."""
+    was = list(gc.callbacks)
+    gc.callbacks[:] = [one for one in was if one is not garbage._around]  # in place: Python reads this list
+    if request.param:
+        garbage.keep_contexts()
+    yield
+    assert (garbage._around in gc.callbacks) == request.param
+    gc.callbacks[:] = was
+
+
+@pytest.mark.usefixtures("egl", "guarded")
 def test_the_check_finds_renderers_that_disturb_each_other() -> None:
     with pytest.raises(SimulationError, match=r"'side' differs .* grey levels.*make .* current") as error:
         check_sharing(CARELESS)

@@ -10,6 +10,8 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 EGL_DRAW, EGL_READ = 0x3059, 0x305A  # of EGL's headers
@@ -26,6 +28,19 @@ def keep_contexts() -> None:
     """
     if sys.platform.startswith("linux") and _around not in gc.callbacks:
         gc.callbacks.append(_around)
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """Collect garbage as a process without `keep_contexts` does."""
+    guarded = _around in gc.callbacks
+    if guarded:
+        gc.callbacks.remove(_around)
+    try:
+        yield
+    finally:
+        if guarded:
+            gc.callbacks.append(_around)
 
 
 def _around(phase: str, info: dict[str, int]) -> None:
