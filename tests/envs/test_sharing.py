@@ -1,6 +1,7 @@
 """Environments and renderers in one process do not disturb each other; a check finds those that would."""
 
 import gc
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,11 +88,29 @@ def guarded(request: pytest.FixtureRequest) -> Iterator[None]:
     gc.callbacks[:] = was
 
 
-@pytest.mark.usefixtures("egl", "guarded")
+@pytest.mark.usefixtures("guarded")
+def test_the_check_takes_the_guard_away_for_as_long_as_it_runs() -> None:
+    with garbage.unguarded():
+        assert garbage._around not in gc.callbacks
+
+
+@pytest.mark.usefixtures("egl")
 def test_the_check_finds_renderers_that_disturb_each_other() -> None:
-    with pytest.raises(SimulationError, match=r"'side' differs .* grey levels.*make .* current") as error:
-        check_sharing(CARELESS)
-    assert "task 'red', seed 0, in a second episode, after a garbage collection" in str(error.value)
+    """In a process of its own: which moment disturbs which depends on every renderer that it has had."""
+    command = [
+        sys.executable,
+        "-m",
+        "vlafit.envs.sharing",
+        CARELESS.name,
+        "--renderer",
+        "egl",
+        "--size",
+        "32",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert ended.returncode == 1
+    assert re.search(r"'side' differs .* grey levels.*make .* current", ended.stderr)
+    assert "task 'red', seed 0, in a second episode, after a garbage collection" in ended.stderr
 
 
 @pytest.fixture
