@@ -11,6 +11,7 @@ pytest.importorskip("metaworld")
 from tests.chance import RandomActor
 from vlafit.envs import make
 from vlafit.envs.experts import ScriptedExpert
+from vlafit.errors import SimulationError
 from vlafit.rollout import Protocol, evaluate, load_protocol
 
 pytestmark = pytest.mark.sim
@@ -42,3 +43,12 @@ def test_a_simulation_gives_the_same_episodes_in_any_process_and_order(
         lines = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
         found.append({(line["task"], line["seed"]): line["steps"] for line in lines})
     assert len(found[0]) == 2 and found[0].items() <= found[1].items()
+
+
+def test_a_horizon_that_start_steps_make_too_long_names_them(tmp_path: Path) -> None:
+    protocol = dataclasses.replace(load_protocol("metaworld-faucet"), start_steps=450)
+    with pytest.raises(
+        SimulationError, match=r"600 is too long; .*= 150, start_steps = 450 of"
+    ):
+        evaluate(ScriptedExpert(), protocol, tmp_path / "out", workers=1, trials=1, images=False)
+    assert not (tmp_path / "out").exists()

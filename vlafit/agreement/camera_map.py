@@ -156,6 +156,7 @@ def camera_options(policy: Embodiment, robot: Embodiment, named: bool = False) -
     if named:
         wrong = [name for name in slots if name not in recorded]
         found = "; ".join(f"no camera {name!r}{nearest(name, recorded)}" for name in wrong)
+        found += f"; it has: {', '.join(recorded)}" if wrong else ""
         left = ", ".join(name for name in recorded if name not in slots)
         return f"--cameras: the robot has {found or f'also {left}, which no camera of the policy is'}"
     known = KNOWN.get(robot.name, {})

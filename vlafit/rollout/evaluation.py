@@ -14,7 +14,7 @@ from vlafit.agreement.camera_map import camera_options
 from vlafit.config import LONGEST_S
 from vlafit.envs import EnvSpec
 from vlafit.envs.messages import Ready
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, SimulationError
 from vlafit.execution import Execution
 from vlafit.observations import short
 from vlafit.rollout import memory
@@ -124,7 +124,7 @@ def evaluate(
             with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
                 begun = dict.fromkeys([remaining[0], remaining[-1]]) if remaining else ()
                 seeds = dict.fromkeys(prepared.tasks, (protocol.first_seed, prepared.trials))
-                ready = pool.describe(list(begun), seeds)
+                ready = _described(pool, protocol, list(begun), seeds)
                 given = any(one.name.startswith("camera ") for one in getattr(prepared.trained, "points", ()))
                 remedy = "" if robot is None else camera_options(robot, ready.embodiment, given)
                 _require_playable(protocol, ready, robot, wrong_instruction, remedy)
@@ -243,13 +243,31 @@ def _describe(
     seeds: Mapping[str, tuple[int, int]] | None = None,
 ) -> Ready:
     with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
-        return pool.describe(starts, seeds)
+        return _described(pool, protocol, starts, seeds)
 
 
 def _env(protocol: Protocol) -> EnvSpec:
     """Return the environment; its horizon includes the steps before the policy's first observation."""
     steps = protocol.settle_steps + protocol.start_steps + protocol.horizon
     return dataclasses.replace(protocol.env, horizon=steps)
+
+
+def _described(
+    pool: EnvPool,
+    protocol: Protocol,
+    starts: Sequence[Start],
+    seeds: Mapping[str, tuple[int, int]] | None,
+) -> Ready:
+    """Return the environment's description; an error about its horizon says what that is the sum of."""
+    try:
+        return pool.describe(starts, seeds)
+    except SimulationError as error:
+        parts = ("horizon", "settle_steps", "start_steps")
+        given = [f"{part} = {getattr(protocol, part)}" for part in parts if getattr(protocol, part)]
+        if len(given) < 2 or "horizon" not in str(error):
+            raise
+        summed = f"the horizon is the sum of {', '.join(given)} of protocol {protocol.name!r}"
+        raise SimulationError(f"{error}; {summed}") from error
 
 
 def _require_playable(
