@@ -47,8 +47,6 @@ def test_a_simulation_gives_the_same_episodes_in_any_process_and_order(
 
 def test_a_horizon_that_start_steps_make_too_long_names_them(tmp_path: Path) -> None:
     protocol = dataclasses.replace(load_protocol("metaworld-faucet"), start_steps=450)
-    with pytest.raises(
-        SimulationError, match=r"600 is too long; .*= 150, start_steps = 450 of"
-    ):
+    with pytest.raises(SimulationError, match=r"600 is too long; .*= 150, start_steps = 450 of"):
         evaluate(ScriptedExpert(), protocol, tmp_path / "out", workers=1, trials=1, images=False)
     assert not (tmp_path / "out").exists()
