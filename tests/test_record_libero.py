@@ -117,9 +117,11 @@ def test_a_finished_recording_is_kept_when_resumed(recorded: Path) -> None:
 def test_the_name_of_the_human_dataset_records_the_scripted_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["record", "libero-object", "--out", str(tmp_path), "--episodes", "0"]) == 2
+    (tmp_path / f"{TASK}_demo.hdf5").touch()  # so that nothing is recorded
+    assert cli.main(["record", "libero-object", "--out", str(tmp_path), "--episodes", "1"]) == 2
     shown = capsys.readouterr()
     assert "human demonstrations" in shown.out and "libero-object-scripted" in shown.out
+    assert "already holds a recording" in shown.err
 
 
 def test_a_recording_from_starts_that_are_none_is_refused_before_it_begins(tmp_path: Path) -> None:
