@@ -132,6 +132,16 @@ def _oft_back(answer: np.ndarray, _: np.ndarray) -> np.ndarray:
     return actions
 
 
+def _pi0(name: str, config: dict[str, Any]) -> Case:
+    """openpi's pi0 of LIBERO, in one of the two forms of its weights."""
+    relative = {"codec.relative": [True] * 6 + [False]}
+    load = {"config": {**config, **relative}, "cameras": OPENPI, "tokenizer": True}
+    return Case(
+        name, 256, 5, load, _pil, lambda _: f"{SENTENCE}\n",
+        lambda state: (state - S["mean"]) / (S["std"] + 1e-6), _pi0_back, grey=1.01,
+    )  # fmt: skip
+
+
 CASES = [
     Case(
         "pi05_libero_finetuned", 360, 10,
@@ -156,24 +166,8 @@ CASES = [
         {"config": {"vision.heads": 2, "state_input": "none"}, "cameras": OPENPI, "tokenizer": True},
         _pil, lambda _: f"{SENTENCE}\n", None, _quantiles_back, grey=1.01,
     ),
-    Case(
-        "pi0_libero", 256, 5,
-        {
-            "config": {"vision.heads": 2, "codec.relative": [True] * 6 + [False]},
-            "cameras": OPENPI, "tokenizer": True,
-        },
-        _pil, lambda _: f"{SENTENCE}\n", lambda state: (state - S["mean"]) / (S["std"] + 1e-6), _pi0_back,
-        grey=1.01,
-    ),
-    Case(
-        "pi0_libero_jax", 256, 5,
-        {
-            "config": {"chunk": 6, "codec.relative": [True] * 6 + [False]},
-            "cameras": OPENPI, "tokenizer": True,
-        },
-        _pil, lambda _: f"{SENTENCE}\n", lambda state: (state - S["mean"]) / (S["std"] + 1e-6), _pi0_back,
-        grey=1.01,
-    ),
+    _pi0("pi0_libero", {"vision.heads": 2}),
+    _pi0("pi0_libero_jax", {"chunk": 6}),
     Case(
         "oft", 256, 8, {"config": OFT | OFT_CAMERAS | {"openvla.gripper": [1.0, -1.0]}}, _cropped,
         lambda _: f"In: What action should the robot take to {SENTENCE}?\nOut:",
@@ -250,6 +244,8 @@ def test_a_message_leads_to_the_command_that_runs(public: Path, tmp_path: Path, 
     error = capsys.readouterr().err
     proposed = error[error.index("--cameras") : error.index(" of eval and serve")]
     assert proposed == "--cameras image=agentview image2=wrist --frame-size 360"
+    assert main([*command, "--frame-size", "360"]) == 2  # names no camera yet
+    assert "--cameras image=agentview image2=wrist of eval and serve" in capsys.readouterr().err
     assert main([*command, *_options(proposed.replace("image2=wrist", "image2=wrst"))]) == 2
     assert "--cameras: the robot has no camera 'wrst'; did you mean 'wrist'?" in capsys.readouterr().err
     assert main([*command, *_options(proposed)]) == 0

@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from vlafit.agreement.values import PLACEHOLDER
+from vlafit.agreement.values import PLACEHOLDER, Item
 from vlafit.errors import nearest
 from vlafit.types import Embodiment, Feature, differences
 
+BY_NAME, BY_SIZE = "cameras", "frame_size"  # options that say of a policy's cameras what its files do not
 NAME = r"[A-Za-z0-9_-]+"  # what a command line takes without quotes
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 KNOWN: Mapping[str, Mapping[str, str]] = {
@@ -139,11 +140,11 @@ def _resized(
     )
 
 
-def camera_options(policy: Embodiment, robot: Embodiment, named: bool = False) -> str:
+def camera_options(policy: Embodiment, robot: Embodiment, chosen: Sequence[Item] = ()) -> str:
     """Return how an evaluation gives a policy's cameras the robot's names and its frames their size.
 
     "" where they have the same, or the robots differ in anything else. What no name tells is left to the
-    user. `named`: whether the policy's cameras have been named in this way before.
+    user. `chosen`: what the user has said of the policy before, with `BY_NAME` for a camera's name.
     """
     if any(not text.startswith(("cameras", "size of camera")) for text in differences(policy, robot)):
         return ""
@@ -153,17 +154,16 @@ def camera_options(policy: Embodiment, robot: Embodiment, named: bool = False) -
     size = "".join(f" --frame-size {shape[0]}" for shape in sizes) if other and len(sizes) == 1 else ""
     if set(slots) == set(recorded):
         return f"If frames of this size are meant: {size.strip()} of eval and serve" if size else ""
-    if named:
+    if any(BY_NAME in item.reason.split(", ") for item in chosen):
         wrong = [name for name in slots if name not in recorded]
         found = "; ".join(f"no camera {name!r}{nearest(name, recorded)}" for name in wrong)
         found += f"; it has: {', '.join(recorded)}" if wrong else ""
         left = ", ".join(name for name in recorded if name not in slots)
         return f"--cameras: the robot has {found or f'also {left}, which no camera of the policy is'}"
     known = KNOWN.get(robot.name, {})
-    chosen = {slot: known[slot] for slot in slots if known.get(slot) in (*recorded, "")}
-    if len({name for name in chosen.values() if name}) < len([name for name in chosen.values() if name]):
-        chosen = {}
-    pairs = propose(slots, recorded, chosen)
+    told = {slot: known[slot] for slot in slots if known.get(slot) in (*recorded, "")}
+    taken = [name for name in told.values() if name]
+    pairs = propose(slots, recorded, told if len(taken) == len(set(taken)) else {})
     given = " ".join(f"{slot}={PLACEHOLDER if name is None else name}" for slot, name in pairs.items())
     left = ", ".join(_free(recorded, pairs))
     choice = f" ({left}, or nothing, in the place of each {PLACEHOLDER})" if None in pairs.values() else ""

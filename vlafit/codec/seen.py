@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from vlafit.agreement import Item
-from vlafit.agreement.camera_map import hands
+from vlafit.agreement.camera_map import BY_NAME, BY_SIZE, hands
 from vlafit.codec.codec import Codec
 from vlafit.errors import ConfigError, nearest
 from vlafit.types import Feature
@@ -67,4 +67,5 @@ def camera_items(before: Codec, after: Codec) -> Iterator[Item]:
             continue
         stated = {"checkpoint": f"{slot} {own.shape[0]}x{own.shape[1]}"}
         value = f"{name} {there.shape[0]}x{there.shape[1]}" if there else "empty, masked as a missing camera"
-        yield Item(f"camera {slot}", stated, value, "chosen", "cameras, frame_size")
+        by = [BY_NAME] * (name != slot) + [BY_SIZE] * (there is not None and there.shape != own.shape)
+        yield Item(f"camera {slot}", stated, value, "chosen", ", ".join(by))

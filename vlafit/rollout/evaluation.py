@@ -22,7 +22,7 @@ from vlafit.rollout.against import compare, require_comparable
 from vlafit.rollout.env_pool import EnvPool
 from vlafit.rollout.evaluation_folder import EvaluationFolder, Result
 from vlafit.rollout.play import EpisodeRequest, PlayOptions, play
-from vlafit.rollout.prepared import PreparedEvaluation, prepare, tasks_of
+from vlafit.rollout.prepared import LoadedActor, PreparedEvaluation, prepare, tasks_of
 from vlafit.rollout.protocol import (
     AT_MOST,
     WIDTH,
@@ -125,8 +125,8 @@ def evaluate(
                 begun = dict.fromkeys([remaining[0], remaining[-1]]) if remaining else ()
                 seeds = dict.fromkeys(prepared.tasks, (protocol.first_seed, prepared.trials))
                 ready = _described(pool, protocol, list(begun), seeds)
-                given = any(one.name.startswith("camera ") for one in getattr(prepared.trained, "points", ()))
-                remedy = "" if robot is None else camera_options(robot, ready.embodiment, given)
+                said = prepared.trained.points if isinstance(prepared.trained, LoadedActor) else ()
+                remedy = "" if robot is None else camera_options(robot, ready.embodiment, said)
                 _require_playable(protocol, ready, robot, wrong_instruction, remedy)
                 require_reach(prepared.trained, ready.embodiment, f"protocol {protocol.name!r}")
                 notice = _renderer_notice(robot, ready.embodiment)
