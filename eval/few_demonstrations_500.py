@@ -18,13 +18,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import few_demonstrations_strategies
 from cells import LONG, evaluation_of, every, read, read_lines, runs_by_seed, score_of
-from few_demonstrations import OWN_RATES
 from few_demonstrations_tables import RECIPES
 from training_run import carry_out, is_finished, keep_text
 
@@ -152,29 +151,30 @@ def require_equal(published: Path, played: Path) -> None:
 def draw(results: Path) -> None:
     """Draw the success of strategies, of starting points, and of both, once all runs have been played."""
     few_demonstrations_strategies.draw(results / "strategies")
-    runs = runs_by_seed(results / "starts")
-    if runs and evaluation_of(every(runs)) == LONG:
-        scores = {name: tuple(score_of(run, LONG) for run in of.values()) for name, of in runs.items()}
-        arms = [Arm(label, scores[recipe]) for recipe, label in RECIPES.items() if recipe in scores]
-        path = results / "starts" / f"figure_{LONG}.png"  # `make few-demonstrations` writes figure.png
-        files.write_atomic(path, ablation_figure(arms, few_demonstrations_strategies.TITLE))
-        tuned = few_demonstrations_strategies.published(results / "strategies")
-        if evaluation_of(every(tuned)) == LONG:
-            rates = {"full": OWN_RATES["full checkpoint"]}
-            rates |= {name: lr for name, (_, lr) in few_demonstrations_strategies.STRATEGIES.items()}
-            every_arm = [
-                Arm(
-                    f"checkpoint, {name.partition('-lr-')[0]} at {rates[name]:g}",
-                    tuple(score_of(run, LONG) for run in of.values()),
-                )
-                for name, of in tuned.items()
-            ]
-            first, *others = every_arm
-            for arm, rate in zip(arms[1:], list(OWN_RATES.values())[1:], strict=True):
-                others.append(replace(arm, label=f"{arm.label}, full at {rate:g}"))
-            others.sort(key=lambda arm: -sum(score.successes for score in arm.scores))
-            arms = [first, *others]
-            files.write_atomic(results / "figure.png", ablation_figure(arms, ALL))
+    found = runs_by_seed(results / "starts")
+    starts = {label: found[recipe] for recipe, label in RECIPES.items() if recipe in found}
+    if not starts or evaluation_of(every(starts)) != LONG:
+        return
+    path = results / "starts" / f"figure_{LONG}.png"  # `make few-demonstrations` writes figure.png
+    arms = [arm(label, of) for label, of in starts.items()]
+    files.write_atomic(path, ablation_figure(arms, few_demonstrations_strategies.TITLE))
+    tuned = few_demonstrations_strategies.published(results / "strategies")
+    if evaluation_of(every(tuned)) == LONG:
+        named = [(f"checkpoint, {name.partition('-lr-')[0]}", of) for name, of in tuned.items()]
+        named += [(f"{label}, full", of) for label, of in list(starts.items())[1:]]
+        first, *others = (arm(f"{label} at {rate_of(of):g}", of) for label, of in named)
+        others.sort(key=lambda one: -sum(score.successes for score in one.scores))
+        files.write_atomic(results / "figure.png", ablation_figure([first, *others], ALL))
+
+
+def arm(label: str, runs: Mapping[int, Path]) -> Arm:
+    """Return the long evaluation of a recipe's runs."""
+    return Arm(label, tuple(score_of(run, LONG) for run in runs.values()))
+
+
+def rate_of(runs: Mapping[int, Path]) -> float:
+    """Return the learning rate of a recipe's runs."""
+    return read(next(iter(runs.values())) / "report.json")["recipe"]["optim"]["lr"]
 
 
 if __name__ == "__main__":

@@ -136,16 +136,9 @@ class PolicyActor:
 
         The statistics of a run may be its base's, and not of the data that it learned from.
         """
-        learned, columns = self.codec.seen["action"], self.codec.columns
-        unknown = np.full(learned.dimensions, np.nan)
+        least, most = map(self.codec.columns.as_recorded, self.codec.seen["action"].ends)
         if self.agreement is not None:
-            return columns.as_recorded(unknown), columns.as_recorded(unknown)
-        ends = (
-            (learned.q01, learned.q99)
-            if learned.min is None or learned.max is None
-            else (learned.min, learned.max)
-        )
-        least, most = (columns.as_recorded(unknown if end is None else end) for end in ends)
+            return np.full_like(least, np.nan), np.full_like(most, np.nan)
         return least, most
 
     @property

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from vlafit.errors import OUTPUT, printable
 
 if TYPE_CHECKING:
-    from vlafit.agreement import Agreement
+    from vlafit.agreement import Agreement, Item
 
 T = TypeVar("T")
 WIDEST = 46  # characters of a cell in the agreement's table
@@ -304,6 +304,13 @@ def differences_table(agreement: "Agreement") -> str:
     rest = tuple(item for item in agreement.items if item.status != "same")
     shown = [agreement_table(replace(agreement, items=rest))] if rest else []
     return "\n".join(filter(None, [*shown, statement(agreement.items)]))
+
+
+def evaluation_table(items: "Sequence[Item]") -> str:
+    """Return the points of an evaluation, or of a served policy, that are not the same on both sides."""
+    from vlafit.agreement import Agreement
+
+    return differences_table(Agreement(tuple(items), (), (), ("protocol", "checkpoint")))
 
 
 def plan_table(rows: list[dict]) -> str:

@@ -39,6 +39,13 @@ class Statistics:
     min: NDArray[np.float64] | None = None
     max: NDArray[np.float64] | None = None
 
+    @property
+    def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Least and greatest value [d], or the outer quantiles without them; NaN where that is not known."""
+        low, high = (self.q01, self.q99) if self.min is None or self.max is None else (self.min, self.max)
+        unknown = np.full(self.dimensions, np.nan)
+        return unknown if low is None else low, unknown if high is None else high
+
     @classmethod
     def of(cls, values: ArrayLike, what: str = "values", labels: Sequence[str] = ()) -> "Statistics":
         """Return the statistics of `values` [n, d]; `what` and `labels` name the column in errors.

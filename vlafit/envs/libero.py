@@ -67,6 +67,8 @@ class Libero:
     -1 opens. `privileged["full_state"]` is MuJoCo's state [time, qpos, qvel].
     """
 
+    recorded_from = SAMPLED  # policies are evaluated from the official initial states
+
     def __init__(self, spec: EnvSpec) -> None:
         cameras = spec.cameras or tuple(CAMERAS)
         for camera in cameras:
@@ -115,8 +117,6 @@ class Libero:
         self._require(task)
         return self._simulator.sentence(task)
 
-    recorded_from = SAMPLED  # policies are evaluated from the official initial states
-
     def missing_start(self, task: str, seeds: range) -> str:
         """Return why one of the seeds is no start of a task; "" if all are."""
         states = len(self._simulator.initial_states(task))
@@ -160,9 +160,8 @@ class Libero:
                     seen, _, _, _ = self._scene.step(REST)
                 _require_another_start(self._scene.get_sim_state(), states, task, seed)
         domain = self._scene.env
-        self._facts = PickAndPlace(domain) if is_pick_and_place(domain) else None
-        if is_part(domain):
-            self._facts = Part(domain)
+        kind = PickAndPlace if is_pick_and_place(domain) else Part if is_part(domain) else None
+        self._facts = kind and kind(domain)
         self._close_renderer()  # a hard reset makes another model
         self._task, self._steps, self._succeeded = task, 0, False
         if self.spec.perturb != Perturbation():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlafit import checkpoints
+from vlafit.checkpoints.named_tokenizer import open_named
 from vlafit.codec import Codec
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError
@@ -33,12 +34,12 @@ class CodecChoice:
 def choose(recipe: Recipe, path: Path) -> CodecChoice:
     """Return what the recipe and the files of its checkpoint in `path` decide.
 
-    Raises as `tokenizers.open_named` does.
+    Raises as `open_named` does.
     """
     chosen = recipe.policy
     foreign = not (path / "policy.json").is_file()
     declared = checkpoints.declaration(path, chosen.base or None)
-    named = tokenizers.open_named(chosen.tokenizer) if chosen.tokenizer else None
+    named = open_named(chosen.tokenizer) if chosen.tokenizer else None
     return CodecChoice(
         declared, named, foreign and takes_tokenizer(path, chosen, declared, recipe.fits_statistics)
     )
@@ -88,7 +89,7 @@ def require_tokenizer(
     opened, own, declared = choice.named, choice.declared.own_tokenizer, choice.declared
     is_own = opened is None
     if own is not None and not has_codec and pretrained:
-        held = tokenizers.open_named(str(own))
+        held = open_named(str(own))
         is_own = opened is None or opened.is_same(held)
         opened = opened or held
     if policy.needs().prompt is not None:

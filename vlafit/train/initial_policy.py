@@ -11,6 +11,7 @@ from torch import Tensor
 from vlafit import checkpoints
 from vlafit.agreement import Agreement
 from vlafit.agreement.values import read as read_agreement
+from vlafit.checkpoints.named_tokenizer import open_named
 from vlafit.codec import Codec, CodecSet
 from vlafit.datasets.leaks import learned_before
 from vlafit.errors import ConfigError
@@ -117,7 +118,7 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
     history = checkpoints.Lineage().followed_by("", data.learned, data.seeds(), data.contents)
     agreements = reconcile.agree_on_parts(recipe, data, {}, None)
     name, report = recipe.policy.tokenizer, "all weights are fresh"
-    opened = tokenizers.open_named(name) if name and policy.needs().prompt is not None else None
+    opened = open_named(name) if name and policy.needs().prompt is not None else None
     if opened is not None:
         tokenizers.require_fitting(opened, name, policy, pretrained=False)
     elif policy.needs().prompt is not None:

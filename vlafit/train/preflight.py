@@ -14,13 +14,13 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from vlafit import checkpoints
+from vlafit.checkpoints.named_tokenizer import open_named
 from vlafit.datasets.split import groups_of
 from vlafit.errors import ConfigError, StrategyError, did_you_mean
 from vlafit.nn.policy import Policy
 from vlafit.policies import build_family, family, family_name
 from vlafit.recipe import Recipe, TrainRecipe
 from vlafit.train import reconcile, stages
-from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
 from vlafit.train.dataloader import rows_per_process
 from vlafit.train.delays import train_with_delays
@@ -253,7 +253,7 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
         fresh=spec.fresh,
         resize=spec.resize,
         trust=spec.trust,
-        tokenizer=tokenizers.open_named(spec.tokenizer) if tells else None,
+        tokenizer=open_named(spec.tokenizer) if tells else None,
     )
     reconcile.agree_on_parts(
         recipe, data, reconcile.codecs_before(recipe, data, inspected.codecs, path), declared

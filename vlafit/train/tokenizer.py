@@ -7,7 +7,6 @@ pretrained language weights read nonsense, and the loss does not tell.
 from collections.abc import Collection
 from pathlib import Path
 
-from vlafit.checkpoints.named_tokenizer import open_named
 from vlafit.codec import prompts
 from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
 from vlafit.errors import CodecError, ConfigError
@@ -17,15 +16,6 @@ from vlafit.train import action_tokenizer
 from vlafit.train.data import Data
 
 SMALLEST_SHARE = 0.75  # of a pretrained embedding's rows; embeddings are padded by a few rows at most
-__all__ = [
-    "SMALLEST_SHARE",
-    "language_is_fresh",
-    "learn",
-    "of_family",
-    "open_named",
-    "require_fitting",
-    "require_given",
-]
 GIVE = (
     "policy.tokenizer takes a folder, a tokenizer.json, SentencePiece's .model, a Hub id, or a shipped name"
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlafit import shipped
 from vlafit.cli import actor as actors
-from vlafit.cli.console import Line, differences_table
+from vlafit.cli.console import Line, evaluation_table
 from vlafit.cli.parser import EXECUTION_MODES, Parser, within
 from vlafit.cli.places import checkpoint_folder, checkpoint_stays, default_out
 from vlafit.cli.verbs.serve import read_token
@@ -259,10 +259,8 @@ def _merge(folder: Path) -> int:
 
 def show(result: "Result") -> int:
     """Print a result and return the exit status."""
-    from vlafit.agreement import Agreement
-
     if result.agreement:
-        print(differences_table(Agreement(result.agreement, (), (), ("protocol", "checkpoint"))))
+        print(evaluation_table(result.agreement))
     print(result)
     print(f"episodes, videos and contact sheet: {result.folder}")
     if (failures := result.folder / "failures.png").is_file():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlafit.cli import actor as actors
-from vlafit.cli.console import differences_table
+from vlafit.cli.console import evaluation_table
 from vlafit.cli.parser import EXECUTION_MODES, Parser, within
 from vlafit.cli.places import checkpoint_folder
 from vlafit.config import LONGEST_S
@@ -137,9 +137,7 @@ def run(arguments: Sequence[str]) -> int:
         device=options.device,
     )
     if actor.points and actor.agreement is None:
-        from vlafit.agreement import Agreement
-
-        print(differences_table(Agreement(actor.points, (), (), ("protocol", "checkpoint"))))
+        print(evaluation_table(actor.points))
     described = describe(actor)
 
     def ready(address: str) -> None:
